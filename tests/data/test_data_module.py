@@ -1,0 +1,261 @@
+"""The data module: splits, settings, and what a real fit sees."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from wdat.data import ImageDataModule, digits
+from wdat.errors import SettingError
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet_lightning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore",
+            message=".*(GPU available|callbacks used to create).*",
+        )
+        yield
+
+
+def numbered(folder: Path, n: int = 40, n_test: int = 11, classes: int = 4) -> Path:
+    """An archive whose images carry their own number in every pixel; test images are numbered from 200."""
+    path = folder / "numbered.npz"
+    x_train, x_test = np.arange(n, dtype=np.uint8), 200 + np.arange(n_test, dtype=np.uint8)
+    np.savez(
+        path,
+        x_train=np.broadcast_to(x_train[:, None, None, None], (n, 6, 6, 3)),
+        y_train=np.arange(n) % classes,
+        x_test=np.broadcast_to(x_test[:, None, None, None], (n_test, 6, 6, 3)),
+        y_test=np.arange(n_test) % classes,
+    )
+    return path
+
+
+def make(folder: Path, **settings) -> ImageDataModule:
+    given = {"num_classes": 4, "batch_size": 8, "eval_batch_size": 4, "val_size": 8, "crop": 0, "flip": False}
+    data = ImageDataModule("npz", path=numbered(folder), **{**given, **settings})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def numbers(loader) -> list[int]:
+    return [int(v) for batch in loader for v in (batch.x[:, 0, 0, 0] * 255).round()]
+
+
+def test_validation_comes_from_training_and_the_test_set_is_untouched(tmp_path):
+    data = make(tmp_path)
+    train, val, test = (numbers(make_loader()) for make_loader in loaders(data))
+    assert sorted(train + val) == list(range(40))
+    assert len(val) == 8
+    assert np.bincount([v % 4 for v in val]).tolist() == [2, 2, 2, 2]
+    assert test == list(range(200, 211))
+    assert data.splits == {"train": 32, "val": 8, "test": 11}
+    assert data.n_train == 32
+    assert data.image_shape == (3, 6, 6)
+    assert data.name == "npz:numbered"
+    assert numbers(make(tmp_path, seed=1).val_dataloader()) != val
+    assert numbers(make(tmp_path, seed=0).val_dataloader()) == val
+
+
+def loaders(data):
+    return data.train_dataloader, data.val_dataloader, data.test_dataloader
+
+
+def test_limits_keep_the_first_and_never_move_the_split(tmp_path):
+    whole, part = make(tmp_path), make(tmp_path, limit_train=16, limit_val=3, limit_test=5)
+    assert part.splits == {"train": 16, "val": 3, "test": 5}
+    for split in ("train", "val", "test"):
+        kept = part.images(split).images
+        assert torch.equal(kept, whole.images(split).images[: len(kept)])
+    assert make(tmp_path, limit_train=10_000, limit_test=10_000).splits == whole.splits
+
+
+def test_a_fraction_for_validation(tmp_path):
+    assert make(tmp_path, val_size=0.25).splits["val"] == 10
+
+
+def test_only_training_images_are_augmented(tmp_path):
+    data = make(tmp_path, crop=2)
+    train, val, test = (torch.cat([batch.x for batch in make_loader()]) for make_loader in loaders(data))
+    assert (train == 0).flatten(1).any(1).float().mean() > 0.5, "padding shows"
+    for x in (val, test):
+        assert torch.equal(x, x[:, :1, :1, :1].expand_as(x))
+
+
+def test_batches_hold_the_rows_they_name(tmp_path):
+    data = make(tmp_path)
+    for split, loader in zip(("train", "val", "test"), loaders(data), strict=True):
+        for batch in loader():
+            assert torch.equal(batch.x, data.images(split).images[batch.index].float() / 255)
+            assert torch.equal(batch.y, data.images(split).labels[batch.index])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "remedy"),
+    [
+        ("batch_size", 0, "from 1"),
+        ("batch_size", -8, "from 1"),
+        ("batch_size", 2.5, "whole number"),
+        ("eval_batch_size", 0, "from 1"),
+        ("num_classes", 1, "from 2"),
+        ("crop", -1, "from 0"),
+        ("seed", -1, "from 0"),
+        ("limit_train", 0, "null for all"),
+        ("limit_val", -3, "null for all"),
+        ("limit_test", True, "null for all"),
+        ("val_size", 0, "leaves no validation split"),
+        ("val_size", -5, "fraction between 0 and 1"),
+        ("val_size", 1.0, "fraction between 0 and 1"),
+        ("val_size", 0.001, "leaves no validation image: set 1 to 39"),
+        ("val_size", 40, "leaves no image to train on: set 1 to 39"),
+    ],
+)
+def test_settings_out_of_range(tmp_path, setting, value, remedy):
+    with pytest.raises(SettingError) as caught:
+        make(tmp_path, **{setting: value})
+    assert f"data.{setting}={value}" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    with pytest.raises(
+        SettingError, match=r"y_train has labels from 0 to 3, but data\.num_classes=3 .* data\.num_classes=4"
+    ):
+        make(tmp_path, num_classes=3)
+    path = tmp_path / "negative.npz"
+    x = np.zeros((4, 6, 6, 3), np.uint8)
+    np.savez(path, x_train=x, y_train=np.arange(4), x_test=x, y_test=np.arange(4) - 1)
+    with pytest.raises(SettingError, match=r"y_test has labels from -1 to 2.*data\.num_classes.*from 0"):
+        ImageDataModule("npz", 4, path=path, val_size=1).setup()
+
+
+def test_unknown_source_and_use_before_setup():
+    with pytest.raises(SettingError, match=r"data\.source.*did you mean cifar10"):
+        ImageDataModule("cifar", 10)
+    with pytest.raises(RuntimeError, match=r"setup\(\)"):
+        ImageDataModule("digits", 10).train_dataloader()
+
+
+def test_passes_over_training_rows(tmp_path):
+    data = make(tmp_path, crop=2)
+    index = torch.tensor([5, 0, 31, 7, 7, 12, 1, 2, 3])
+    whole = list(data.train_batches(index, step=6))
+    assert [len(batch.y) for batch in whole] == [4, 4, 1]
+    assert torch.equal(torch.cat([batch.index for batch in whole]), index)
+    assert torch.equal(torch.cat([batch.y for batch in whole]), data.images("train").labels[index])
+    assert {(batch.size, batch.step) for batch in whole} == {(9, 6)}
+    x = torch.cat([batch.x for batch in whole])
+    assert torch.equal(x, torch.cat([batch.x for batch in data.train_batches(index, 6)]))
+    assert not torch.equal(x, torch.cat([batch.x for batch in data.train_batches(index, 7)]))
+    shared = torch.empty_like(x)
+    for rank in (0, 1):
+        for batch in data.train_batches(index, 6, rank, 2):
+            shared[batch.place] = batch.x
+    assert torch.equal(shared, x)
+    assert list(data.train_batches(index[:0], 0)) == []
+
+
+class Witness(LightningModule):
+    """Learns next to nothing and remembers every training batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 6 * 6, 4)
+        self.seen = []
+        self.validated = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch.step, batch.index.tolist(), batch.x.clone()))
+        return torch.nn.functional.cross_entropy(self.layer(batch.x.flatten(1)), batch.y)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch.index.tolist()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data, folder, epochs=2, checkpoint=None, **options):
+    witness = Witness()
+    trainer = Trainer(max_epochs=epochs, default_root_dir=folder, log_every_n_steps=1, **{**QUIET, **options})
+    trainer.fit(witness, datamodule=data, ckpt_path=checkpoint)
+    return witness
+
+
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+def test_a_fit_sees_a_new_order_in_each_epoch(tmp_path, use_distributed_sampler):
+    data = make(tmp_path)
+    options = {"enable_checkpointing": False, "use_distributed_sampler": use_distributed_sampler}
+    witness = fit(data, tmp_path, **options)
+    assert [step for step, *_ in witness.seen] == list(range(8))
+    first, second = ([row for _, rows, _ in witness.seen[k : k + 4] for row in rows] for k in (0, 4))
+    assert sorted(first) == sorted(second) == list(range(32))
+    assert first != second
+    assert witness.validated == 2 * list(range(8))
+    again = fit(make(tmp_path), tmp_path, **options)
+    assert [seen[:2] for seen in again.seen] == [seen[:2] for seen in witness.seen]
+    assert [seen[1] for seen in fit(make(tmp_path, seed=1), tmp_path, **options).seen] != [s[1] for s in witness.seen]
+
+
+def test_a_resumed_fit_goes_on_where_it_stopped(tmp_path):
+    saver = ModelCheckpoint(
+        tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1, auto_insert_metric_name=False
+    )
+    data = make(tmp_path, crop=2)
+    whole = fit(data, tmp_path, epochs=3, callbacks=[saver])
+    for taken in range(1, 12):
+        checkpoint = tmp_path / "kept" / f"{taken}.ckpt"
+        rest = fit(make(tmp_path, crop=2), tmp_path, 3, checkpoint, enable_checkpointing=False).seen
+        assert [seen[:2] for seen in rest] == [seen[:2] for seen in whole.seen[taken:]], taken
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(rest, whole.seen[taken:], strict=True))
+
+
+def test_a_fit_resumed_between_epochs(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = fit(make(tmp_path), tmp_path, epochs=3, callbacks=[saver])
+    rest = fit(make(tmp_path), tmp_path, 3, tmp_path / "kept" / "epoch=0.ckpt", enable_checkpointing=False)
+    assert [seen[:2] for seen in rest.seen] == [seen[:2] for seen in whole.seen[4:]]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "npz", "digits"])
+def test_configurations_are_the_constructor(name, tmp_path):
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        config = compose(overrides=[f"+data={name}", "+seed=7", "data.limit_test=3", "++data.path=f.npz"])
+    data = instantiate(config.data)
+    assert isinstance(data, ImageDataModule)
+    assert data.source == name
+    assert data.seed == 7
+    assert data.num_classes == (100 if name == "cifar100" else 10)
+    assert data.limits["test"] == 3
+    assert data.augment.flip == (name != "digits")
+    assert data.name == ("npz:f" if name == "npz" else name)
+
+
+def test_digits_end_to_end():
+    data = ImageDataModule("digits", 10, val_size=0.15, flip=False, limit_test=20)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.splits == {"train": 1221, "val": 216, "test": 20}
+    assert data.image_shape == (3, 32, 32)
+    (batch,) = data.test_dataloader()
+    assert torch.equal(batch.x, digits().x_test[:20].float() / 255)
+    assert batch.index.tolist() == batch.place.tolist() == list(range(20))
+    assert batch.size == 20

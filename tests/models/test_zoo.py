@@ -1,0 +1,229 @@
+"""RobustBench's zoo, without a network connection: names, files, downloads that fail, architectures."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wdat.errors import SettingError
+from wdat.models import LOCAL, load_network, zoo
+
+NAME = "Rebuffi2021Fixing_R18_ddpm"
+
+
+class Tiny(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3072, 10))
+
+
+def dictionary() -> dict[str, Any]:
+    """RobustBench's own dictionary of the CIFAR-10 networks trained against Linf."""
+    zoo.robustbench()
+    part: dict[str, Any] = importlib.import_module("robustbench.model_zoo.cifar10").linf
+    return part
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small network with an entry of its own in RobustBench's dictionary."""
+    monkeypatch.setitem(dictionary(), "Tiny2024", {"model": Tiny, "gdrive_id": "the-id"})
+    return "Tiny2024"
+
+
+@pytest.fixture
+def downloader(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object]], list[str]]:
+    """Puts a function in the place of RobustBench's download; gives the list of the ids asked for."""
+
+    def install(write: Callable[[Path], object]) -> list[str]:
+        asked: list[str] = []
+
+        def download(drive_id: str, path: str) -> None:
+            asked.append(drive_id)
+            write(Path(path))
+
+        zoo.robustbench()
+        monkeypatch.setattr("robustbench.utils.download_gdrive_new", download)
+        return asked
+
+    return install
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_alias_is_in_the_zoo() -> None:
+    assert set(zoo.ALIASES.values()) <= set(zoo.names())
+    assert zoo.resolve("Rebuffi2021", "cifar10", "Linf").name == "Rebuffi2021Fixing_28_10_cutmix_ddpm"
+
+
+def test_import_does_not_warn_the_user() -> None:
+    zoo.robustbench.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert zoo.robustbench().__name__ == "robustbench"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("Rebufi2021", "Rebuffi2021"), ("resnet2", "resnet2b"), ("Zhang2019Theoreticaly", "Zhang2019Theoretically")],
+)
+def test_unknown_name_lists_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(SettingError, match=rf"unknown model '{name}' \(model.name\): did you mean .*{nearest}"):
+        load_network(name)
+
+
+def test_name_in_another_part_of_the_zoo() -> None:
+    with pytest.raises(SettingError, match=r"Wang2023.* has it for model.dataset=cifar10 model.threat_model=Linf"):
+        load_network("Wang2023", dataset="imagenet", num_classes=1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"dataset": "cifar"}, "model.dataset"), ({"threat_model": "linf"}, "model.threat_model")],
+)
+def test_unknown_part(settings: dict[str, str], key: str) -> None:
+    with pytest.raises(SettingError, match=rf"\({key}\): did you mean"):
+        load_network("Wang2023", **settings)  # type: ignore[arg-type]
+
+
+def test_number_of_classes() -> None:
+    with pytest.raises(SettingError, match=r"has 10 classes and the data 100 \(model.num_classes\)"):
+        load_network("Wang2023", num_classes=100)
+
+
+def test_loads_a_file_put_where_robustbench_looks(tmp_path: Path, images: Tensor) -> None:
+    source = load_network_from_seed(NAME)
+    path = tmp_path / "cifar10" / "Linf" / f"{NAME}.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in source.state_dict().items()}}, path)
+    network = load_network(NAME, root=tmp_path)
+    assert not network.training
+    assert torch.equal(network(images), source(images))
+    # The same file as a checkpoint: built without a download, from an empty root.
+    assert torch.equal(load_network(NAME, checkpoint=path, root=tmp_path / "none")(images), source(images))
+    assert not (tmp_path / "none").exists()
+
+
+def load_network_from_seed(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return zoo.architecture(zoo.resolve(name, "cifar10", "Linf")).eval()
+
+
+def test_download_takes_its_place_once(tiny: str, tmp_path: Path, downloader: Any) -> None:
+    source = Tiny()
+    asked = downloader(lambda path: torch.save(source.state_dict(), path))
+    for _ in range(2):
+        network = load_network(tiny, root=tmp_path)
+    assert asked == ["the-id"]
+    assert files(tmp_path) == ["cifar10/Linf/Tiny2024.pt"]
+    assert torch.equal(network.state_dict()["1.weight"], source.state_dict()["1.weight"])
+
+
+def no_connection(path: Path) -> None:
+    path.with_suffix(".part").write_bytes(b"half")
+    raise ConnectionError("Name or service not known\nand a second line")
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (no_connection, "Name or service not known"),
+        (lambda path: path.write_text("<html>Quota exceeded</html>"), "what arrived is a web page"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 half a file"), "what arrived is damaged"),
+        (lambda path: torch.save({"args": Tiny()}, path), "nothing is unpickled here"),
+        (lambda path: None, "there is no file what arrived"),
+    ],
+)
+def test_failed_download_leaves_nothing_behind(
+    write: Callable[[Path], object], reason: str, tiny: str, tmp_path: Path, downloader: Any
+) -> None:
+    downloader(write)
+    with pytest.raises(SettingError, match=reason) as caught:
+        load_network(tiny, root=tmp_path)
+    message = str(caught.value)
+    assert "https://drive.google.com/uc?id=the-id" in message
+    assert f"put them at {tmp_path / 'cifar10' / 'Linf' / 'Tiny2024.pt'}" in message
+    assert "\n" not in message
+    assert files(tmp_path) == []
+    assert list((tmp_path / "cifar10" / "Linf").iterdir()) == []
+
+
+def test_bad_file_in_place(tiny: str, tmp_path: Path, downloader: Any) -> None:
+    asked = downloader(no_connection)
+    path = tmp_path / "cifar10" / "Linf" / f"{tiny}.pt"
+    path.parent.mkdir(parents=True)
+    path.write_text("<!doctype html>")
+    with pytest.raises(SettingError, match=r"is a web page.*\(model.root\); deleting it lets it be downloaded again"):
+        load_network(tiny, root=tmp_path)
+    torch.save(load_network("small_cnn").state_dict(), path)
+    with pytest.raises(
+        SettingError, match=r"Tiny2024 \(cifar10, Linf\) can't be loaded from .*Tiny2024.pt.*Missing key"
+    ):
+        load_network(tiny, root=tmp_path)
+    assert asked == []
+
+
+def test_files_of_an_ensemble(tmp_path: Path) -> None:
+    entry = zoo.resolve("Chen2020Adversarial", "cifar10", "Linf")
+    expected = [tmp_path / "cifar10" / "Linf" / f"Chen2020Adversarial.pt_m{place}.pt" for place in range(3)]
+    assert [file.path for file in zoo.weight_files(entry, tmp_path)] == expected
+
+
+def test_timm_networks_build_and_say_where_their_file_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    """The constructors in RobustBench's dictionary name networks that timm doesn't know; those registered work."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "Debenedetti2022Light_XCiT-S12"
+    assert zoo.architecture(zoo.resolve(name, "cifar10", "Linf")).eval()(images).shape == (3, 10)
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(SettingError, match="no network") as caught:
+        load_network(name, root=tmp_path)
+    file = tmp_path / "hub" / "checkpoints" / "debenedetti2022light-xcit-s-cifar10-linf.pth.tar"
+    assert str(file) in str(caught.value)
+    assert files(tmp_path) == []
+
+
+def test_constructor_that_fails_names_the_network(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> nn.Module:
+        raise RuntimeError("Unknown model (xcit_of_old)")
+
+    monkeypatch.setitem(dictionary(), tiny, {"model": missing, "gdrive_id": "the-id"})
+    with pytest.raises(
+        SettingError, match=r"Tiny2024 \(cifar10, Linf\) can't be built .*Unknown model \(xcit_of_old\)"
+    ):
+        zoo.architecture(zoo.resolve(tiny, "cifar10", "Linf"))
+
+
+def test_swish_is_pytorchs_own(images: Tensor) -> None:
+    """The same function and gradient as RobustBench's Swish, without its deprecated backward pass."""
+    entry = zoo.resolve(NAME, "cifar10", "Linf")
+    torch.manual_seed(0)
+    theirs = entry.settings["model"]().eval()
+    ours = load_network_from_seed(NAME)
+    ours.load_state_dict(theirs.state_dict())
+    assert any(type(module).__name__ == "Swish" for module in theirs.modules())
+    gradients = []
+    for network in (theirs, ours):
+        x = images.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if network is ours else "ignore")
+            gradients.append(torch.autograd.grad(network(x).logsumexp(1).sum(), x)[0])
+    assert torch.allclose(theirs(images), ours(images), atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_local_names_do_not_hide_zoo_names() -> None:
+    assert not set(LOCAL) & (set(zoo.ALIASES) | set(zoo.names()))

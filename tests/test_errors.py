@@ -1,0 +1,32 @@
+"""Messages that name the setting and the remedy."""
+
+from __future__ import annotations
+
+from wdat.errors import ConstraintError, SettingError, unknown
+
+
+def test_unknown_lists_the_nearest_names_first_and_ignores_case():
+    message = str(unknown("attack", "WPDG", ["fgsm", "pgd", "wpgd", "wpgd_budget"], "attack.name"))
+    assert message.startswith("unknown attack 'WPDG' (attack.name): did you mean wpgd")
+    assert "fgsm" not in message
+
+
+def test_unknown_lists_what_there_is_where_nothing_is_near():
+    message = str(unknown("loss", "zzz", ["ce", "kl"], "attack.loss"))
+    assert message.endswith("known: ce, kl")
+
+
+def test_unknown_shortens_long_lists_and_says_so():
+    message = str(unknown("model", "?", [f"network{i:02}" for i in range(40)], "model.name"))
+    assert "network11" in message
+    assert "network12" not in message
+    assert "40 in all" in message
+
+
+def test_unknown_takes_names_that_are_no_text():
+    assert "unknown norm 'None'" in str(unknown("norm", None, ["linf"], "threat.norm"))
+
+
+def test_setting_errors_are_value_errors_and_constraint_errors_are_not():
+    assert issubclass(SettingError, ValueError)
+    assert not issubclass(ConstraintError, ValueError)

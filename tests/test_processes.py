@@ -1,0 +1,102 @@
+"""Reductions over the processes that share a set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import wdat
+from wdat.processes import ALONE, Processes, current
+
+
+def test_alone_gives_back_what_it_gets():
+    assert ALONE.sum([1.0, 2.0]) == [1.0, 2.0]
+    assert ALONE.max(3.0) == 3.0
+    assert torch.equal(ALONE.gather(torch.arange(3)), torch.arange(3))
+    assert (ALONE.rank, ALONE.world) == (0, 1)
+
+
+def test_without_a_group_this_process_is_alone():
+    assert current(torch.device("cpu")) is ALONE
+    assert isinstance(ALONE, Processes)
+
+
+PROGRAM = """
+import json, sys, warnings
+from datetime import timedelta
+import torch, torch.distributed as dist
+from wdat.attacks import build, Context
+from wdat.evaluation import ImageTensors, evaluate
+from wdat.processes import current
+from wdat.threat import ThreatModel
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+p = current(torch.device("cpu"))
+rows = torch.arange(3, dtype=torch.float32).view(3, 1) if rank == 0 else torch.zeros(0, 1)
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+x, y = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
+out = {"rank": p.rank, "world": p.world, "sum": p.sum([1.0 + rank, 1e16]), "max": p.max(float(rank)),
+       "empty": p.gather(rows[:0]).shape[0], "gather": p.gather(rows).tolist(),
+       "labels": p.gather(y[:2] if rank else y[:5]).tolist()}
+for name, cut in (("uneven", 7), ("one_empty", 9)):
+    mine = slice(0, cut) if rank == 0 else slice(cut, 9)
+    records = evaluate(network, ImageTensors(x[mine], y[mine]), ThreatModel(2, "linf", 0.1), ["pgd", "wpgd"],
+                       losses=["ce", "redlr"], options={"wpgd": {"steps": 5}}, processes=p)
+    out[name] = [[r.attack, r.n, r.accuracy, r.loss_mean, r.distance, r.upsilon] for r in records]
+dist.destroy_process_group()
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_real_processes_with_uneven_and_empty_parts(tmp_path):
+    root = str(Path(wdat.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    runs = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        found = [json.loads(run.communicate(timeout=100)[0]) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    assert [f["rank"] for f in found] == [0, 1]
+    for f in found:
+        assert f["world"] == 2
+        assert f["sum"] == [3.0, 2e16]
+        assert f["max"] == 1.0
+        assert f["empty"] == 0
+        assert f["gather"] == [[0.0], [1.0], [2.0]]
+        assert f["labels"] == [0, 1, 2, 0, 1, 0, 1]
+
+    from wdat.evaluation import ImageTensors, evaluate
+    from wdat.threat import ThreatModel
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    x, y = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
+    alone = evaluate(
+        network,
+        ImageTensors(x, y),
+        ThreatModel(2, "linf", 0.1),
+        ["pgd", "wpgd"],
+        losses=["ce", "redlr"],
+        options={"wpgd": {"steps": 5}},
+    )
+    for f in found:
+        for split in ("uneven", "one_empty"):
+            for values, record in zip(f[split], alone, strict=True):
+                assert values[:2] == [record.attack, record.n]
+                numbers = [record.accuracy, record.loss_mean, record.distance, record.upsilon]
+                assert values[2:] == [pytest.approx(v, rel=1e-5) if v is not None else None for v in numbers]

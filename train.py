@@ -1,0 +1,163 @@
+"""Fine-tune a network with Wasserstein distributional adversarial training.
+
+    python train.py model=Rebuffi2021 attack=wpgd
+    python train.py experiment=quickstart
+    python train.py resume=RUN_DIR
+
+Compose, instantiate, fit, record; everything else is in the package.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import hydra
+import lightning as L  # noqa: N812
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from wdat import models
+from wdat.attacks import build
+from wdat.callbacks import RobustEvaluation, WorkProgress
+from wdat.console import before_after, figures, quiet_libraries, readable_errors
+from wdat.evaluation.plots import accuracy_against_budget
+from wdat.module import WDATModule
+from wdat.objectives import Objective
+from wdat.records import Facts, RecordBook
+from wdat.resume import resumed_arguments
+from wdat.schedules import Cosine
+from wdat.sensitivity import Batch
+
+
+def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
+    """Run one training from its composed configuration.
+
+    Args:
+        cfg: As `conf/config.yaml` composes it.
+        run_dir: Where checkpoints, records and pictures go.
+
+    Returns:
+        The records of the run.
+    """
+    L.seed_everything(cfg.seed, verbose=False)
+    threat = instantiate(cfg.threat)
+    data = instantiate(cfg.data)
+    objective: Objective = instantiate(cfg.objective)
+    attack = instantiate(cfg.attack)
+    data.prepare_data()
+    data.setup()
+    network = instantiate(cfg.model)
+    trainer: L.Trainer = instantiate(
+        cfg.trainer, callbacks=[instantiate(c) for c in cfg.callbacks.values()], logger=instantiate(cfg.logger)
+    )
+    first = trainer.is_global_zero
+    book = RecordBook(run_dir / "records.json" if first else None)
+    facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
+    resume = run_dir / "checkpoints" / "last.ckpt" if cfg.resume else None
+
+    if cfg.pretrain.max_epochs and not resume:
+        pretrain(cfg, network, data)
+    trained = models.prepare(network, **cfg.finetune, seed=cfg.seed, image_shape=data.image_shape)
+    describe(cfg.model.name, network, trained, data.splits)
+    if not objective.uses_attack:
+        say(f"this objective has no distributional term (beta_w = 0), so attack={cfg.attack.name} is not used")
+    module = WDATModule(
+        network,
+        objective,
+        attack,
+        threat,
+        instantiate(cfg.sensitivity),
+        instantiate(cfg.schedule.optimizer),
+        instantiate(cfg.schedule.shape),
+        keep_eval=models.keep_frozen_in_eval,
+        seed=cfg.seed,
+    )
+    evaluation = next(c for c in trainer.callbacks if isinstance(c, RobustEvaluation))  # type: ignore[attr-defined]
+    progress = next((c.report for c in trainer.callbacks if isinstance(c, WorkProgress)), None)  # type: ignore[attr-defined]
+    evaluation.describe(book, facts, progress)
+
+    def measure(stage: str) -> None:
+        evaluation.stage = stage
+        trainer.test(module, data, verbose=False)
+        say(f"{stage} training, test images: {figures(evaluation.last)}")
+
+    if not resume:
+        measure("before")
+    trainer.fit(module, data, ckpt_path=resume)
+    best = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    if best:
+        state = torch.load(best, map_location=module.device, weights_only=True)
+        module.load_state_dict(state["state_dict"])
+        evaluation.facts = replace(facts, checkpoint=str(best))
+    measure("after")
+    if first:
+        picture = run_dir / "curve.png"
+        accuracy_against_budget(book.records, picture)
+        table = before_after(book.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
+        console = Console()
+        console.print(table)
+        console.print(
+            f"checkpoint {best}\nrecords    {book.path}\npicture    {picture}", highlight=False, soft_wrap=True
+        )
+    return book
+
+
+def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule) -> None:
+    """Plain training with cross-entropy, for a network without weights."""
+    module = WDATModule(
+        network,
+        Objective(),
+        build("pgd"),
+        instantiate(cfg.threat),
+        Batch(),
+        partial(torch.optim.SGD, lr=cfg.pretrain.lr, momentum=0.9, weight_decay=5e-4),
+        Cosine(),
+        seed=cfg.seed,
+    )
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        max_epochs=cfg.pretrain.max_epochs,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[WorkProgress("plain training, epoch")],
+    )
+    trainer.fit(module, data)
+
+
+def describe(name: str, network: nn.Module, trained: list[str], splits: dict[str, int]) -> None:
+    """Say what is trained, on how many images."""
+    _, total = models.describe(network)
+    count = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
+    say(f"network {name}: trains {count:,} of {total:,} parameters ({names})")
+    train, val, test = (f"{splits[split]:,}" for split in ("train", "val", "test"))
+    say(f"images  {train} training, {val} validation (taken from the training set), {test} test")
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
+        Console(highlight=False, soft_wrap=True).print(text)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Compose the configuration and train."""
+    quiet_libraries()
+    with readable_errors():
+        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        sys.argv[1:] = resumed_arguments(sys.argv[1:])
+    main()

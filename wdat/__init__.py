@@ -1,0 +1,18 @@
+"""Wasserstein distributional adversarial training of image classifiers.
+
+From Python, with any network that takes images in [0, 1] and gives logits:
+
+    threat = wdat.ThreatModel(p=2, norm="linf", delta="8/255")
+    result = wdat.attack(network, x, y, threat, "wpgd")
+    records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])
+"""
+
+from wdat.attacks import AttackResult, attack
+from wdat.errors import ConstraintError, SettingError
+from wdat.evaluation import evaluate
+from wdat.records import Record
+from wdat.threat import ThreatModel
+
+__version__ = "0.1.0"
+
+__all__ = ["AttackResult", "ConstraintError", "Record", "SettingError", "ThreatModel", "attack", "evaluate"]

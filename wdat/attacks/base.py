@@ -1,0 +1,233 @@
+"""What every attack shares: the guard around the network, the verification of what it returns, the verdict."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wdat.errors import ConstraintError, SettingError
+from wdat.gradients import forward
+from wdat.guard import ordinary, undisturbed
+from wdat.processes import ALONE, Processes
+from wdat.sensitivity import Sensitivity
+from wdat.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds one call of an attack. The defaults are those of evaluation: these images are the whole set.
+
+    Attributes:
+        processes: The processes that share the set's budget.
+        sensitivity: Υ of the training set; None where the images at hand are the whole set.
+        index: (N,), rows of the images in the training set; wanted by estimators that keep one value an image.
+        noise: (N, ...), start offset of uniform radii, as TRADES has it; None starts at the images.
+        log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
+        training: Return the last iterate without looking back: no verdict, no best iterate.
+        progress: Called after each step with the number of steps done and of all steps.
+    """
+
+    processes: Processes = ALONE
+    sensitivity: Sensitivity | None = None
+    index: Tensor | None = None
+    noise: Tensor | None = None
+    log_clean: Tensor | None = None
+    training: bool = False
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass
+class Moved:
+    """What an attack's `_run` hands to the base class, which verifies it.
+
+    Attributes:
+        x_adv: (N, ...).
+        radii: (N,), the radii that bound each image; None where only the set's length is bounded.
+        length: Bound on the W_p length of these images (over all processes); None where the radii bound them alone.
+        loss_mean: Largest mean loss on the trajectory, None in training.
+        norms: (N,), dual norms at the clean images; None where no clean gradient was taken.
+        dropped: Images of this process without a finite gradient.
+    """
+
+    x_adv: Tensor
+    radii: Tensor | None = None
+    length: float | None = None
+    loss_mean: float | None = None
+    norms: Tensor | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """A verified perturbation of a set of images.
+
+    Attributes:
+        x_adv: (N, ...), in [0, 1], this process's part.
+        distances: (N,), ‖x'_i − x_i‖_r in pixel units.
+        distance: W_p length of the whole set's move, over all processes.
+        radii: (N,), the radius granted to each image, or None where only the set is bounded.
+        threat: The attack's own threat (p = inf for `fgsm` and `pgd`).
+        norms: (N,), dual norms at the clean images, or None where no clean gradient was taken.
+        loss_mean: Largest mean loss on the trajectory; None in training.
+        set_size: Images that shared the budget, over all processes.
+        dropped: Images left out of the allocation because their gradient was not finite, over all processes.
+        accuracy: Accuracy of the whole set at `x_adv`, in [0, 1]; None in training.
+        correct: (N,), bool, this process's part; None in training.
+    """
+
+    x_adv: Tensor
+    distances: Tensor
+    distance: float
+    radii: Tensor | None
+    threat: ThreatModel
+    norms: Tensor | None
+    loss_mean: float | None
+    set_size: int
+    dropped: int
+    accuracy: float | None = None
+    correct: Tensor | None = None
+
+
+TOLERANCE = 1e-5  # relative, plus a few float32 roundings of a pixel
+
+
+def _precision(device: torch.device, training: bool) -> AbstractContextManager[object]:
+    """Training attacks in the caller's precision, evaluation always in that of the images."""
+    return nullcontext() if training else torch.autocast(device.type, enabled=False)
+
+
+def check_images(network: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Refuse images and labels that an attack can't use.
+
+    Raises:
+        SettingError: If images aren't float in [0, 1], or labels aren't int64 classes of the network.
+    """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise SettingError(f"images must be a float tensor (N, C, H, W) in [0, 1], not {tuple(x.shape)} of {x.dtype}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise SettingError(f"labels must be int64 of shape ({len(x)},), not {tuple(y.shape)} of {y.dtype}")
+    if not x.numel():
+        return
+    if not (float(x.min()) >= 0 and float(x.max()) <= 1):
+        raise SettingError(
+            f"images must lie in [0, 1], not [{float(x.min()):g}, {float(x.max()):g}]; "
+            "divide uint8 by 255 and normalise inside the network"
+        )
+    with undisturbed(network):
+        classes = forward(network, x[:1]).shape[1]
+    if not (int(y.min()) >= 0 and int(y.max()) < classes):
+        raise SettingError(
+            f"labels must lie in 0 to {classes - 1}, the network's classes (data.num_classes), "
+            f"not {int(y.min())} to {int(y.max())}"
+        )
+
+
+@dataclass
+class Attack(ABC):
+    """An attack's settings; calling it attacks.
+
+    Attributes:
+        batch_size: Images per pass through the network. It doesn't change which images share the budget.
+    """
+
+    name: ClassVar[str]
+    pointwise: ClassVar[bool] = False
+    batch_size: int = field(default=512, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingError(f"attack.batch_size={self.batch_size} must be at least 1")
+
+    def threat_of(self, threat: ThreatModel) -> ThreatModel:
+        """The attack's own threat: p = inf for the pointwise ones.
+
+        Raises:
+            SettingError: At p = 1, where q is infinite and no gradient method divides the budget.
+        """
+        if self.pointwise:
+            return threat.pointwise()
+        if threat.p == 1:
+            raise SettingError(f"attack {self.name} needs threat.p > 1; p = 1 is for the knapsack only")
+        return threat
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context | None = None
+    ) -> AttackResult:
+        """Attack a set of images; the network is left as it was found.
+
+        Args:
+            network: Takes images in [0, 1], gives logits (N, K). Pass the inner network, not a wrapper.
+            x: Images (N, C, H, W), float, in [0, 1].
+            y: Labels (N,), int64.
+            threat: Budget, norm and order.
+            context: What surrounds the call; by default the images at hand are the whole set.
+
+        Raises:
+            SettingError: If images, labels or threat don't fit.
+            ConstraintError: If the attack left its threat model (a defect of the attack, never of the input).
+        """
+        context = context or Context()
+        own = self.threat_of(threat)
+        x, y = ordinary(x, y)
+        if not context.training:
+            check_images(network, x, y)
+        with undisturbed(network), _precision(x.device, context.training):
+            moved = self._run(network, x, y, own, context)
+            if moved.x_adv.shape != x.shape:
+                raise ConstraintError(f"{self.name} returned {tuple(moved.x_adv.shape)} for images {tuple(x.shape)}")
+            distances = own.distances(x, moved.x_adv)
+            length = own.length(distances, context.processes)
+            _verify(self.name, x, moved, distances, length)
+            result = AttackResult(
+                x_adv=moved.x_adv, distances=distances, distance=length, radii=moved.radii, threat=own,
+                norms=moved.norms, loss_mean=moved.loss_mean, set_size=len(x), dropped=moved.dropped,
+            )  # fmt: skip
+            if context.training:
+                return result
+            correct = forward(network, moved.x_adv, self.batch_size).argmax(1) == y
+        hits, n, dropped = context.processes.sum([float(correct.sum()), float(len(x)), float(moved.dropped)])
+        if n == 0:
+            raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
+        if dropped:
+            warnings.warn(
+                f"{self.name}: {dropped:.0f} of {n:.0f} images had no finite gradient and stayed", stacklevel=2
+            )
+        return replace(result, accuracy=hits / n, correct=correct, set_size=int(n), dropped=int(dropped))
+
+    def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+        """What this attack's allocation wants to know of each image, (N,); call it inside `undisturbed`.
+
+        For the gradient attacks the dual norms n_i at the clean images.
+        """
+        raise SettingError(f"attack {self.name} doesn't divide its budget by sensitivity; use it for evaluation only")
+
+    @abstractmethod
+    def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
+        """Move the images. `network` is guarded, `threat` is the attack's own."""
+
+
+def _verify(name: str, x: Tensor, moved: Moved, distances: Tensor, length: float) -> None:
+    """Check what the attack returned against its threat; trusts nothing that the attack says about `x_adv`."""
+    x_adv = moved.x_adv
+    if moved.radii is None and moved.length is None:
+        raise ConstraintError(f"{name} states no bound that its images could be verified against")
+    rounding = 4 * torch.finfo(x.dtype).eps
+    if x_adv.numel() == 0:
+        return
+    low, high = float(x_adv.min()), float(x_adv.max())
+    if not (low >= 0 and high <= 1):  # false for NaN too
+        raise ConstraintError(f"{name} returned pixels in [{low:g}, {high:g}], outside [0, 1]")
+    if moved.radii is not None:
+        excess = float((distances - moved.radii * (1 + TOLERANCE)).max())
+        # An l2 distance sums the roundings of all pixels.
+        if not excess <= rounding * x[0].numel() ** 0.5:
+            raise ConstraintError(f"{name} moved an image {excess:g} beyond its radius")
+    if moved.length is not None and not length <= moved.length * (1 + TOLERANCE) + rounding * x[0].numel() ** 0.5:
+        raise ConstraintError(f"{name} moved the set by {length:g}, beyond its budget {moved.length:g}")

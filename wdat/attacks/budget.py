@@ -1,0 +1,96 @@
+"""W-PGD-budget [A]: the budget is divided once, at the clean images; then each image ascends inside its own radius.
+
+With uniform radii it is PGD, with a single step (W-)FGSM. No image depends on another once the radii are known, so
+batches of any size can be attacked one by one: this is what trains. The details are **(ours)**.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from wdat.attacks.allocation import allocate
+from wdat.attacks.base import Context, Moved
+from wdat.attacks.gradient import GradientAttack
+from wdat.gradients import input_gradients
+from wdat.threat import ThreatModel, contract, direction, per_image
+
+
+@dataclass
+class WPGDBudget(GradientAttack):
+    """Pointwise PGD inside radii that (capped) sensitivity fixed once.
+
+    δ_i = min(c n_i^(q−1), r_max), then x ← Π_i(x + step_size δ_i h(∇J)), with Π_i onto {‖x − x_i‖_r ≤ δ_i} ∩ [0, 1].
+    Images with radius zero take no steps in training.
+
+    Attributes:
+        radius_max: Cap of the radii in units of δ **(ours)**; None for none.
+    """
+
+    name: ClassVar[str] = "wpgd_budget"
+    radius_max: float | None = field(default=None, kw_only=True)
+
+    def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
+        clean, norms = None, None
+        if threat.is_pointwise and context.noise is not None:
+            radii = x.new_full((len(x),), threat.delta)
+        else:
+            clean, norms, sensitivity = self._clean(network, x, y, threat, context)
+            radii = allocate(norms, sensitivity, threat, self.radius_max).to(x.dtype)
+        target = self._target(network, x, y, context, clean)
+
+        everyone = not context.training or threat.is_pointwise
+        rows = slice(None) if everyone else (radii > 0).nonzero().squeeze(1)
+        origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
+        length = per_image(self.step_size * bound, x)
+
+        def move(z: Tensor, gradient: Tensor) -> Tensor:
+            z = z + length * direction(gradient, threat.norm)
+            return contract(origin, z, bound, threat.norm).clamp_(0, 1)
+
+        if clean is not None:
+            first = move(origin, clean.gradient[rows])
+        else:  # uniform radii: every step ascends `loss`, the first from a small random offset, as in TRADES
+            start = origin + context.noise  # type: ignore[operator]  # not None in this branch
+            first = move(start, input_gradients(network, start, target, self._loss, self.batch_size).gradient)
+        z, loss_mean = self._ascend(network, first, y, target, move, context)
+        dropped = 0 if clean is None else int((~clean.finite).sum())
+        return Moved(_put(z, rows, x), radii, self._share(threat, context), loss_mean, norms, dropped)
+
+    @staticmethod
+    def _share(threat: ThreatModel, context: Context) -> float | None:
+        """The whole set must keep the budget; with a running Υ one batch may spend more than its share."""
+        return threat.delta if context.sensitivity is None else None
+
+
+def _put(z: Tensor, rows: slice | Tensor, x: Tensor) -> Tensor:
+    if isinstance(rows, slice):
+        return z
+    return x.index_copy(0, rows, z)
+
+
+@dataclass
+class PGD(WPGDBudget):
+    """Projected gradient descent (Madry et al. 2018): W-PGD-budget at p = inf."""
+
+    name: ClassVar[str] = "pgd"
+    pointwise: ClassVar[bool] = True
+
+
+@dataclass
+class WFGSM(WPGDBudget):
+    """W-FGSM [B]: x + δ h(∇J)(n/Υ)^(q−1), one step of full length."""
+
+    name: ClassVar[str] = "wfgsm"
+    steps: int = field(default=1, kw_only=True)
+    step_size: float = field(default=1.0, kw_only=True)
+
+
+@dataclass
+class FGSM(WFGSM):
+    """Fast gradient sign method (Goodfellow et al. 2015): W-FGSM at p = inf."""
+
+    name: ClassVar[str] = "fgsm"
+    pointwise: ClassVar[bool] = True

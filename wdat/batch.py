@@ -1,0 +1,27 @@
+"""What a data loader hands to the module."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One process's part of one global batch.
+
+    Attributes:
+        x: Images (B, C, H, W), float, in [0, 1].
+        y: Labels (B,), int64.
+        index: (B,), int64: each image's row in its split, from 0.
+        place: (B,), int64: each image's place in the global batch.
+        size: Number of images in the global batch, over all processes.
+        step: The global batch's number since the start of training; 0 in evaluation.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a batch
+    place: Tensor
+    size: int
+    step: int

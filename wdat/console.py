@@ -1,0 +1,117 @@
+"""What a person reads in the terminal: errors without tracebacks, and tables made from records."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from wdat.errors import SettingError
+from wdat.records import Record
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Print a `SettingError` in a line or two and leave with status 2, whatever it was wrapped in on its way."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SettingError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(str(cause))}")
+        sys.exit(2)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def percent(value: float | None) -> str:
+    """An accuracy in [0, 1] as text in percent; a dash for none."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _find(records: Sequence[Record], stage: str, attack: str, delta: float) -> Record | None:
+    wanted = [r for r in records if r.stage == stage and r.split == "test" and r.attack == attack and r.delta == delta]
+    return wanted[-1] if wanted else None
+
+
+def figures(records: Sequence[Record]) -> str:
+    """One line on one stage: accuracy clean and under each attack."""
+    return ", ".join(f"{'clean' if r.attack == 'none' else r.attack} {percent(r.accuracy)} %" for r in records)
+
+
+def before_after(records: Sequence[Record], attacks: Sequence[str], delta: float) -> Table:
+    """Accuracy on the test set before and after, clean and under each attack, with 95 % intervals, and Υ.
+
+    Args:
+        records: Those of the run.
+        attacks: Names of the attacks.
+        delta: Their budget in pixel units.
+    """
+    columns = [("none", 0.0), *((attack, delta) for attack in attacks)]
+    found = {(s, a): _find(records, s, a, d) for s in ("before", "after") for a, d in columns}
+    clean = found["after", "none"] or found["before", "none"]
+    about = "" if clean is None else f"{clean.network} on {clean.data}, {clean.n} test images, "
+    about += "" if clean is None else f"{clean.norm} budget δ = {delta:.4g} ({255 * delta:.3g}/255)"
+    table = Table(
+        title=f"Accuracy in percent [95 % interval]\n{_plain(about)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    table.add_column("", no_wrap=True)
+    for attack, _ in columns:
+        table.add_column(
+            _title(attack, found["after", attack] or found["before", attack]), justify="right", no_wrap=True
+        )
+    table.add_column(f"Υ\n{clean.loss if clean else ''}", justify="right", no_wrap=True)
+    for stage in ("before", "after"):
+        cells = [_cell(found[stage, attack]) for attack, _ in columns]
+        first = found[stage, "none"]
+        table.add_row(stage, *cells, "–" if first is None or first.upsilon is None else f"{first.upsilon:.2f}")
+    changes = []
+    for attack, _ in columns:
+        before, after = found["before", attack], found["after", attack]
+        changes.append("–" if before is None or after is None else f"{100 * (after.accuracy - before.accuracy):+.2f}")
+    table.add_section()
+    table.add_row("change", *changes, "")
+    return table
+
+
+def _title(attack: str, record: Record | None) -> str:
+    if record is None or attack == "none":
+        return "clean" if attack == "none" else attack
+    kind = "pointwise" if record.p == float("inf") else f"distributional W_{record.p:g}"
+    return f"{kind}\n{attack} {record.loss}"
+
+
+def _cell(r: Record | None) -> str:
+    if r is None:
+        return "–"
+    return _plain(f"{percent(r.accuracy)} [{100 * r.accuracy_low:.1f}, {100 * r.accuracy_high:.1f}]")
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say about things that this project chose on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # images lie in memory; workers would only copy them
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning with new torch
+        ".*pkg_resources is deprecated.*",  # robustbench
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen
+        ".*The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,29 @@
+"""Data: where images come from, how they are split, and which make up which batch."""
+
+from wdat.data.augment import Augment, Draws, crop_and_flip
+from wdat.data.images import ImageSet
+from wdat.data.loading import PlannedLoader, ResumableLoader
+from wdat.data.module import ImageDataModule
+from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan
+from wdat.data.sources import SOURCES, cifar10, cifar100, digits, npz
+from wdat.data.splits import Splits, hold_out
+
+__all__ = [
+    "SOURCES",
+    "Augment",
+    "BatchPlan",
+    "Draws",
+    "ImageDataModule",
+    "ImageSet",
+    "PlannedLoader",
+    "ResumableLoader",
+    "ShardPlan",
+    "Splits",
+    "TrainPlan",
+    "cifar10",
+    "cifar100",
+    "crop_and_flip",
+    "digits",
+    "hold_out",
+    "npz",
+]

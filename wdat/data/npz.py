@@ -1,0 +1,113 @@
+"""Images of one's own, from a NumPy archive.
+
+The archive holds `x_train, y_train, x_test, y_test`: uint8 images N×H×W×C with one or three channels, and integer
+labels. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wdat.data.splits import Splits
+from wdat.errors import SettingError
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def npz(path: str | Path | None) -> Splits:
+    """Reads an archive and checks what is in it.
+
+    Args:
+        path: The file (`data.path`).
+
+    Raises:
+        SettingError: No such file, a damaged file, or arrays of another kind than stated above.
+    """
+    if path is None:
+        raise SettingError("data=npz reads images from a file: set data.path=FILE.npz")
+    file = Path(path).expanduser()
+    arrays = _arrays(file)
+    parts = [_images(file, "x_train", arrays), _images(file, "x_test", arrays)]
+    if parts[0].shape[1:] != parts[1].shape[1:]:
+        raise _error(
+            file, f"x_train is {_text(arrays['x_train'])} and x_test {_text(arrays['x_test'])}", "use one size"
+        )
+    labels = [_labels(file, "y_train", arrays), _labels(file, "y_test", arrays)]
+    return Splits(parts[0], labels[0], parts[1], labels[1])
+
+
+def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
+    if not file.is_file():
+        raise SettingError(f"data.path={file}: no such file (looked for {file.absolute()}); set data.path=FILE.npz")
+    recipe = f"write it with numpy.savez_compressed(FILE, {', '.join(f'{name}={name}' for name in ARRAYS)})"
+    try:
+        with file.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise _error(file, "holds a single array, not an .npz archive", recipe)
+            missing = [name for name in ARRAYS if name not in archive.files]
+            if missing:
+                found = ", ".join(archive.files) or "nothing"
+                raise _error(file, f"has no array {', '.join(missing)} (found {found})", recipe)
+            return {name: np.asanyarray(archive[name]) for name in ARRAYS}
+    except SettingError:
+        raise
+    except ValueError as error:  # an object array, or no NumPy file at all: both would need unpickling
+        raise _error(file, "holds Python objects or isn't a NumPy archive, and nothing is unpickled", recipe) from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise _error(file, f"can't be read and may be damaged ({error})", recipe) from error
+
+
+def _images(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Tensor:
+    images = arrays[name]
+    if images.dtype != np.uint8:
+        raise _error(file, f"{name} is {images.dtype}, not uint8", _uint8_remedy(name, images))
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        remedy = "store N×H×W×C with one or three channels"
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            remedy = f"put the channels last, {name}.transpose(0, 2, 3, 1)"
+        elif images.ndim == 3:
+            remedy = f"add a channel, {name}[..., None]"
+        raise _error(file, f"{name} is {_text(images)}, not N×H×W×C", remedy)
+    if images.size == 0:
+        raise _error(file, f"{name} is {_text(images)}: an empty split", "store at least one image in it")
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _labels(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Tensor:
+    labels, images = arrays[name], arrays[name.replace("y", "x", 1)]
+    if labels.ndim != 1:
+        raise _error(file, f"{name} is {_text(labels)}, not N class numbers", f"store {name}.reshape(-1) or its argmax")
+    if labels.dtype.kind not in "iu":
+        raise _error(file, f"{name} is {labels.dtype}, not whole numbers", f"store {name}.astype('int64')")
+    if len(labels) != len(images):
+        raise _error(
+            file,
+            f"{name} has {len(labels)} labels for {len(images)} images in {name.replace('y', 'x', 1)}",
+            "store one label for each image",
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _uint8_remedy(name: str, images: NDArray[np.generic]) -> str:
+    if images.dtype.kind != "f" or images.size == 0:
+        return f"convert to uint8 in 0..255, {name}.astype('uint8')"
+    high = float(np.max(images.astype(np.float64, copy=False)))
+    scale = " * 255" if high <= 1 else ""
+    span = "[0, 1]" if high <= 1 else "[0, 255]"
+    return f"these floats look like {span}; convert to uint8, ({name}{scale}).round().clip(0, 255).astype('uint8')"
+
+
+def _text(array: NDArray[np.generic]) -> str:
+    return "×".join(map(str, array.shape)) or "a single number"
+
+
+def _error(file: Path, fault: str, remedy: str) -> SettingError:
+    return SettingError(f"data.path={file}: {fault}; {remedy}")

@@ -1,0 +1,134 @@
+"""Which images make up which batch: a function of the seed and the epoch, divided over the processes by place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from wdat import seeding
+from wdat.errors import SettingError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One process's part of one global batch, before any image is read.
+
+    Attributes:
+        index: (B,), int64: rows in the split.
+        place: (B,), int64: places in the global batch.
+        size: Number of images in the global batch.
+        step: The global batch's number since the start of training; 0 in evaluation.
+        epoch: The epoch it belongs to; 0 in evaluation.
+    """
+
+    index: Tensor
+    place: Tensor
+    size: int
+    step: int
+    epoch: int
+
+
+class _Plan(DistributedSampler[BatchPlan]):
+    """What both plans share. Lightning leaves a `DistributedSampler` as it is, and tells it the epoch."""
+
+    def __init__(self, n: int, batch_size: int, rank: int, world: int, shuffle: bool, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise SettingError(
+                f"a batch of {batch_size} images: set data.batch_size and data.eval_batch_size to 1 or more"
+            )
+        super().__init__(range(n), world, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.n = n
+        self.batch_size = batch_size
+        self.world = world
+
+
+class TrainPlan(_Plan):
+    """The shuffled batches of training, one epoch at a time.
+
+    The order of an epoch is one permutation, the same on every process. Global batch k is its rows k·B to (k + 1)·B,
+    of which process `rank` of `world` takes its consecutive share. A last, incomplete batch is dropped; a set smaller
+    than one batch is one batch.
+
+    Args:
+        n: Number of training images.
+        batch_size: Images in a global batch, over all processes: B.
+        seed: The seed of the run.
+        rank: This process's number, from 0.
+        world: Number of processes.
+
+    Raises:
+        SettingError: B can't be divided evenly over the processes, or there are more processes than images.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(n, batch_size, rank, world, shuffle=True, seed=seed)
+        if batch_size % world:
+            raise SettingError(
+                f"data.batch_size={batch_size} counts the images over all processes and can't be divided over {world}: "
+                f"set data.batch_size={-(-batch_size // world) * world} or another trainer.devices"
+            )
+        if n < world:
+            raise SettingError(
+                f"{n} training images for {world} processes: set trainer.devices or raise data.limit_train"
+            )
+        self._first = 0  # where the next pass begins
+        self._drawn = 0  # batches of this epoch handed out so far
+
+    def __len__(self) -> int:
+        """Number of global batches in an epoch."""
+        return max(1, self.n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; a position restored for the same epoch is kept."""
+        if epoch != self.epoch:
+            self.epoch, self._first, self._drawn = epoch, 0, 0
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        first, self._first = self._first, 0
+        size = min(self.batch_size, self.n)
+        order = torch.randperm(self.n, generator=seeding.generator(self.seed, "order", self.epoch))
+        place = torch.arange(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+        for k in range(first, len(self)):
+            self._drawn = k + 1
+            yield BatchPlan(order[k * size + place], place, size, self.epoch * len(self) + k, self.epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in training, equal on all processes."""
+        return {"epoch": self.epoch, "drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next pass go on after the batches that were handed out when `state` was taken."""
+        self.epoch = state["epoch"]
+        self._first = self._drawn = state["drawn"]
+
+
+class ShardPlan(_Plan):
+    """The batches of evaluation: every image once, on one process.
+
+    Process `rank` takes rows rank, rank + world, …; nothing is repeated to make shards even, so processes may have
+    unequal numbers of batches, and none at all.
+
+    Args:
+        n: Number of images.
+        batch_size: The most images a process handles at once.
+        rank: This process's number, from 0.
+        world: Number of processes.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__(n, batch_size, rank, world, shuffle=False)
+
+    def __len__(self) -> int:
+        """Number of batches of this process."""
+        return -(-len(range(self.rank, self.n, self.world)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        whole = self.batch_size * self.world
+        for start in range(0, len(self) * whole, whole):
+            stop = min(start + whole, self.n)
+            index = torch.arange(start + self.rank, stop, self.world)
+            yield BatchPlan(index, index - start, stop - start, 0, 0)

@@ -1,0 +1,35 @@
+"""Errors that speak to the user: they name the setting at fault and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SettingError(ValueError):
+    """A setting or an input that can't be used.
+
+    The message is one or two sentences: what is wrong, which setting it is, what to do. The scripts print it
+    without a traceback.
+    """
+
+
+class ConstraintError(RuntimeError):
+    """An attack returned images outside its threat model; the message states the measured distance."""
+
+
+def unknown(kind: str, name: object, valid: Iterable[str], setting: str) -> SettingError:
+    """The error for a name that is not in a registry, with the nearest valid ones.
+
+    Args:
+        kind: What the name stands for, such as `"attack"`.
+        name: The name as given.
+        valid: The names that would have worked.
+        setting: The key on the command line, such as `"attack.name"`.
+    """
+    names = sorted(valid)
+    folded = {n.lower(): n for n in names}
+    near = [folded[n] for n in difflib.get_close_matches(str(name).lower(), folded, n=4, cutoff=0.5)]
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
+    more = f" ({len(names)} in all)" if not near and len(names) > 12 else ""
+    return SettingError(f"unknown {kind} '{name}' ({setting}): {hint}{more}")

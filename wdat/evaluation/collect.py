@@ -1,0 +1,79 @@
+"""Gathers the records of several runs into one table: mean ± standard deviation over seeds.
+
+    python -m wdat.evaluation.collect DIR...
+
+Every `records.json` below the folders is read (or a file of records itself).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from wdat.console import readable_errors
+from wdat.errors import SettingError
+from wdat.records import Record, read
+
+Key = tuple[str, str, str, str, str, float, str, float]
+
+
+def find(places: Iterable[Path]) -> list[Record]:
+    """All records in files named, and in every `records.json` below folders named.
+
+    Raises:
+        SettingError: If a place holds none.
+    """
+    found: list[Record] = []
+    for place in places:
+        files = [place] if place.is_file() else sorted(place.rglob("records.json"))
+        if not files:
+            raise SettingError(f"{place} holds no records.json; name the folder of a run or of a multirun")
+        for file in files:
+            found += read(file)
+    return found
+
+
+def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after", "evaluate")) -> str:
+    """Markdown: one row a network, data set, attack, loss and budget; accuracy in percent over seeds.
+
+    Args:
+        records: Of any number of runs; the latest of equal ones counts.
+        stages: Which stages become columns, where they occur.
+    """
+    groups: dict[Key, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for r in records:
+        if r.stage in stages:
+            key = (r.network, r.data, r.split, r.attack, r.loss, r.p, r.norm, r.delta)
+            groups[key][r.stage][r.seed] = r
+    columns = [s for s in stages if any(s in g for g in groups.values())]
+    lines = ["| network | data | attack | budget | n | seeds | " + " | ".join(columns) + " | change |"]
+    lines += ["| " + " | ".join(["---"] * (len(columns) + 7)) + " |"]
+    for key, group in groups.items():
+        network, data, split, attack, loss, p, norm, delta = key
+        name = f"clean ({loss})" if attack == "none" else f"{attack} {loss}, W_{p:g}"
+        budget = "–" if attack == "none" else f"{norm} {255 * delta:.3g}/255"
+        some = next(iter(next(iter(group.values())).values()))
+        seeds = sorted(set.union(*(set(g) for g in group.values())))
+        cells = [_spread([100 * r.accuracy for r in group[s].values()]) for s in columns]
+        paired = sorted(set(group["before"]) & set(group["after"]))
+        change = _spread([100 * (group["after"][s].accuracy - group["before"][s].accuracy) for s in paired], sign="+")
+        about = [network, f"{data} {split}", name, budget, str(some.n), ", ".join(map(str, seeds))]
+        lines.append("| " + " | ".join([*about, *cells, change]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        if not sys.argv[1:]:
+            raise SettingError("name one or more folders of runs: python -m wdat.evaluation.collect DIR...")
+        print(table(find(map(Path, sys.argv[1:]))))

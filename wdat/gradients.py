@@ -1,0 +1,59 @@
+"""Input gradients of single images, from one pass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wdat.losses import Loss
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """One pass over images: the gradient of the summed loss, and what the same forward pass tells.
+
+    Attributes:
+        gradient: (N, ...), ∇ₓJ(x_i, y_i); zero where it was not finite.
+        loss: (N,), J(x_i, y_i).
+        logits: (N, K).
+        finite: (N,), bool: whether the gradient was finite.
+    """
+
+    gradient: Tensor
+    loss: Tensor
+    logits: Tensor
+    finite: Tensor
+
+
+def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, batch_size: int = 512) -> Gradients:
+    """∇ₓJ of every image, in passes of `batch_size`; call it inside `wdat.guard.undisturbed`.
+
+    Args:
+        network: Takes images in [0, 1], gives logits (N, K).
+        x: Images (N, ...).
+        target: The loss's target, one row an image.
+        loss: Per-sample loss.
+        batch_size: Images per pass.
+    """
+    parts = []
+    for start in range(0, max(len(x), 1), batch_size):
+        rows = slice(start, start + batch_size)
+        images = x[rows].detach().requires_grad_(True)
+        logits = network(images)
+        values = loss(logits, target[rows])
+        (gradient,) = torch.autograd.grad(values.sum(), images)
+        finite = gradient.flatten(1).isfinite().all(1)
+        if not finite.all():
+            gradient[~finite] = 0.0
+        parts.append(Gradients(gradient, values.detach(), logits.detach(), finite))
+    if len(parts) == 1:
+        return parts[0]
+    return Gradients(*(torch.cat([getattr(p, f) for p in parts]) for f in Gradients.__dataclass_fields__))
+
+
+def forward(network: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
+    """Logits (N, K) of all images, without gradients, in passes of `batch_size`."""
+    with torch.no_grad():
+        return torch.cat([network(x[i : i + batch_size]) for i in range(0, max(len(x), 1), batch_size)])

@@ -1,0 +1,63 @@
+"""The networks: local ones, RobustBench's zoo, and weights from files. All take images in [0, 1] and give logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from wdat.errors import SettingError
+from wdat.models import zoo
+from wdat.models.checkpoint import load_checkpoint
+from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
+from wdat.models.local import LOCAL, seeded
+
+__all__ = ["LOCAL", "describe", "find_head", "keep_frozen_in_eval", "load_checkpoint", "load_network", "prepare"]
+
+
+def load_network(
+    name: str,
+    num_classes: int = 10,
+    checkpoint: str | Path | None = None,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    root: str | Path = "models",
+    seed: int = 0,
+) -> nn.Module:
+    """A network by name, on the CPU and in eval mode; whoever trains it calls `train()`.
+
+    Args:
+        name: A local network, an alias such as `Rebuffi2021`, or any full name of RobustBench's zoo.
+        num_classes: Number of logits; a network of the zoo has that of its data set.
+        checkpoint: A state dict or a checkpoint of ours. A network of the zoo is then built without a download.
+        dataset: For the zoo: `cifar10`, `cifar100` or `imagenet`.
+        threat_model: For the zoo: what the weights were trained against, `Linf`, `L2` or `corruptions`.
+        root: For the zoo: the folder of downloaded weights.
+        seed: Seed of fresh weights.
+
+    Raises:
+        SettingError: An unknown name, with the nearest ones; a number of classes the network doesn't have; weights
+            that can't be had or don't fit.
+    """
+    if name in LOCAL:
+        with seeded(seed):
+            network = LOCAL[name](num_classes)
+    else:
+        entry = zoo.resolve(name, dataset, threat_model, others=LOCAL)
+        if num_classes != zoo.CLASSES[dataset]:
+            raise SettingError(
+                f"{entry} has {zoo.CLASSES[dataset]} classes and the data {num_classes} (model.num_classes): choose "
+                "model.dataset to match the data, or a local network"
+            )
+        if checkpoint is None:
+            return zoo.load_zoo(name, dataset, threat_model, root)
+        with seeded(seed):
+            network = zoo.architecture(entry)
+    if checkpoint is not None:
+        load_checkpoint(network, checkpoint)
+    return network.eval()
+
+
+def describe(network: nn.Module) -> tuple[str, int]:
+    """The name of the network's class and its number of parameters, frozen ones included."""
+    return type(network).__name__, sum(parameter.numel() for parameter in network.parameters())

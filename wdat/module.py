@@ -1,0 +1,205 @@
+"""The LightningModule: one training step of the combined objective, and Υ before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import lightning as L  # noqa: N812 (the customary name)
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from wdat.attacks import Attack, AttackResult, Context
+from wdat.batch import Batch
+from wdat.errors import SettingError
+from wdat.guard import undisturbed
+from wdat.losses import log_probabilities
+from wdat.metrics import CountAccuracy
+from wdat.objectives import Objective
+from wdat.processes import current
+from wdat.seeding import generator
+from wdat.sensitivity import Estimator
+from wdat.threat import ThreatModel
+
+START_NOISE = 0.001  # standard deviation of the random start in pixel units, as in TRADES
+
+
+class TrainingImages(Protocol):
+    """What estimators that measure Υ themselves need of the data module."""
+
+    n_train: int
+
+    def train_batches(self, index: Tensor, step: int, rank: int, world: int) -> Iterator[Batch]:
+        """This process's part of the training images `index`, augmented as in training."""
+        ...
+
+
+class WDATModule(L.LightningModule):
+    """Fine-tunes a network against a Wasserstein threat [A].
+
+    Args:
+        network: Takes images in [0, 1], gives logits (N, K). Parameters to train have `requires_grad`.
+        objective: What is minimised.
+        attack: The distributional attack that gives x_w.
+        threat: The threat trained against.
+        sensitivity: Estimates Υ of the training set as training goes on.
+        optimizer: Called with the trainable parameters.
+        schedule: Factor of the learning rate as a function of the progress in [0, 1].
+        keep_eval: Called with the network after every change to train mode; puts frozen parts in eval mode again.
+        seed: The seed of the run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        attack: Attack,
+        threat: ThreatModel,
+        sensitivity: Estimator,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        schedule: Callable[[float], float],
+        keep_eval: Callable[[nn.Module], None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if objective.uses_attack:
+            attack.threat_of(threat)  # refuses an impossible pair before any work
+        self.network = network
+        self.objective, self.attack, self.threat, self.sensitivity = objective, attack, threat, sensitivity
+        self.make_optimizer, self.shape, self.keep_eval, self.seed = optimizer, schedule, keep_eval, seed
+        self.accuracy = nn.ModuleDict({"val": CountAccuracy(), "test": CountAccuracy()})
+        self.last_attack: AttackResult | None = None
+        self._modes_agree: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def train(self, mode: bool = True) -> WDATModule:
+        """Train mode, but for what is frozen."""
+        super().train(mode)
+        if mode and self.keep_eval:
+            self.keep_eval(self.network)
+        return self
+
+    def on_fit_start(self) -> None:
+        """Networks are loaded in eval mode; training needs train mode. The estimator learns of the training set."""
+        self.train()
+        self._modes_agree = None
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        n_train = getattr(data, "n_train", 0)
+        self.sensitivity.begin(n_train, self.attack.threat_of(self.threat).q, self.seed, current(self.device))
+
+    def on_train_epoch_start(self) -> None:
+        """Networks are loaded in eval mode; training needs train mode."""
+        self.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step on one process's part of a global batch."""
+        x, y = batch.x, batch.y
+        objective, network = self.objective, self.network
+        if objective.uses_attack:
+            self._measure(batch.step)
+        noise = generator(self.seed, "noise", batch.step)
+        start = torch.randn((batch.size, *x.shape[1:]), generator=noise, dtype=torch.float32)[batch.place.cpu()]
+        start = (START_NOISE * start).to(x)
+
+        needs_logits = objective.clean or objective.divergence
+        if self._modes_agree is None:
+            self._modes_agree = modes_agree(network, x)
+        logits = network(x) if needs_logits and self._modes_agree else None
+        log_clean = None if logits is None else log_probabilities(logits.detach())
+        processes = current(self.device)
+        x_p = x_w = None
+        if objective.beta_p > 0 and objective.pointwise_attack is not None:
+            threat = self.threat.pointwise(objective.pointwise_budget)
+            context = Context(processes, noise=start, log_clean=log_clean, training=True)
+            x_p = objective.pointwise_attack(network, x, y, threat, context).x_adv
+        if objective.uses_attack:
+            context = Context(processes, self.sensitivity, batch.index, start, log_clean, training=True)
+            self.last_attack = self.attack(network, x, y, self.threat, context)
+            x_w = self.last_attack.x_adv
+        if needs_logits and logits is None:
+            logits = network(x)
+        terms = objective(network, logits, y, x_p, x_w)
+        for key in ("loss", "loss_clean", "loss_pointwise", "loss_distributional"):
+            value = getattr(terms, key)
+            if value is not None:
+                self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
+        return terms.loss
+
+    def _measure(self, step: int) -> None:
+        """Measure the dual norms that the estimator wants before this step, on all processes together."""
+        pointwise = self.attack.threat_of(self.threat).is_pointwise  # then every radius is δ, whatever Υ is
+        wanted = None if pointwise else self.sensitivity.wanted(step)
+        if wanted is None:
+            return
+        data: TrainingImages = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "train_batches"):
+            raise SettingError(
+                f"sensitivity={self.sensitivity.name} measures training images, which this data module doesn't give "
+                "(train_batches); use sensitivity=batch or ema, or wdat.data.ImageDataModule"
+            )
+        processes = current(self.device)
+        index, norms = [], []
+        with undisturbed(self.network):
+            for batch in data.train_batches(wanted, step, processes.rank, processes.world):
+                part = self.transfer_batch_to_device(batch, self.device, 0)
+                index.append(part.index)
+                norms.append(self.attack.norms(self.network, part.x, part.y, self.threat))
+        mine = torch.cat(norms) if norms else torch.empty(0, device=self.device)
+        rows = torch.cat(index) if index else torch.empty(0, dtype=torch.int64, device=self.device)
+        self.sensitivity.measured(processes.gather(rows), processes.gather(mine))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Clean accuracy; robust accuracy is the callback's."""
+        self._count("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Clean accuracy; robust accuracy is the callback's."""
+        self._count("test", batch)
+
+    def _count(self, split: str, batch: Batch) -> None:
+        metric: CountAccuracy = self.accuracy[split]  # type: ignore[assignment]
+        metric.update(self.network(batch.x), batch.y)
+        self.log(f"{split}/acc_clean", metric, on_step=False, on_epoch=True, prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimiser on the trainable parameters, its rate a function of the progress."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(parameters)
+        scheduler = LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        # The length is asked for only once training runs: asked for before, Lightning makes the training loader early
+        # and then doesn't restore its position when a run is resumed inside an epoch.
+        return self.shape(step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the estimator's state; plain containers only, so that `weights_only` loads them."""
+        checkpoint["sensitivity"] = {"name": self.sensitivity.name, **self.sensitivity.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the estimator's state where it is of the same kind."""
+        state = dict(checkpoint.get("sensitivity", {}))
+        if state.pop("name", None) == self.sensitivity.name:
+            self.sensitivity.load_state_dict(state)
+
+
+def modes_agree(network: nn.Module, x: Tensor) -> bool:
+    """Whether the network's present mode and eval mode give the same logits, tried on the images x (N, C, H, W).
+
+    Only then may clean logits of the training step serve the attack, which runs in eval mode.
+    """
+    flags = [(module, module.training) for module in network.modules()]
+    devices = [x.device] if x.device.type == "cuda" else []
+    with undisturbed(network), torch.no_grad(), torch.random.fork_rng(devices):
+        evaluated = network(x)
+        for module, training in flags:
+            module.training = training
+        return torch.equal(network(x), evaluated)

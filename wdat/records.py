@@ -1,0 +1,179 @@
+"""The record of one result, typed, in and out of JSON. Tables and plots are made from records only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wdat.errors import SettingError
+
+STAGES = ("before", "epoch", "after", "evaluate")
+
+
+@cache
+def source_commit() -> str | None:
+    """The commit of the checkout this package runs from, marked `+` where files differ from it; None elsewhere."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@cache
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("wdat", "torch", "lightning", "torchmetrics", "robustbench", "pyautoattack"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What all records of a run share: where a number comes from.
+
+    Attributes:
+        network: Name of the network.
+        checkpoint: Its file, or `""` for the registry's own weights or a fresh network.
+        data: Name of the data, with a note where it was re-encoded.
+        seed: The run's seed.
+    """
+
+    network: str = "network"
+    checkpoint: str = ""
+    data: str = "data"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One accuracy and what it was measured on.
+
+    Attributes:
+        stage: `before`, `epoch`, `after` or `evaluate`.
+        attack: Name of the attack; `"none"` is the clean record, which adds `upsilon` and `loss_misclassified`.
+        options: The attack's settings.
+        loss: The loss that the attack ascended, or whose V(0), W(0) and Υ a clean record states.
+        p: The attack's own Wasserstein order (inf for pointwise attacks).
+        delta: The attack's own budget in pixel units of [0, 1]; 0 for clean records.
+        n: Images scored.
+        set_size: Images that shared the budget.
+        accuracy: Accuracy in [0, 1] at the returned iterate.
+        accuracy_low, accuracy_high: 95 % bootstrap interval over images, outcomes of the attack held fixed.
+        loss_mean: Largest mean loss on the trajectory; for clean records V(0).
+        distance: W_p length of the set's move in pixel units.
+        seconds: Wall-clock time of the attack.
+        upsilon: Υ of the set for that loss (clean records).
+        loss_misclassified: W(0), mean loss over misclassified images (clean records); None if there are none.
+        epoch: Epochs trained, for stage `epoch`.
+        dropped: Images left out because their gradient was not finite.
+    """
+
+    stage: str
+    network: str
+    checkpoint: str
+    data: str
+    split: str
+    attack: str
+    options: dict[str, Any]
+    loss: str
+    p: float
+    norm: str
+    delta: float
+    n: int
+    set_size: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    loss_mean: float | None
+    distance: float
+    seconds: float
+    seed: int
+    device: str
+    commit: str | None = field(default_factory=source_commit)
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    upsilon: float | None = None
+    loss_misclassified: float | None = None
+    epoch: int | None = None
+    dropped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; p = inf becomes the text `inf`, any other figure that isn't finite null."""
+        out: dict[str, Any] = _finite(asdict(self))
+        out["p"] = "inf" if math.isinf(self.p) else self.p
+        return out
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        """The inverse of `to_json`; unknown keys, from a newer version, are left out."""
+        known = {f.name for f in fields(cls)}
+        kept: dict[str, Any] = {k: v for k, v in values.items() if k in known}
+        return cls(**{**kept, "p": float(kept["p"])})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Write all records to a temporary file and rename it, so that a stop can't damage an older file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps([r.to_json() for r in records], indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file, none if there is no file.
+
+    Raises:
+        SettingError: If the file isn't a list of records.
+    """
+    if not path.exists():
+        return []
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, list):
+            raise TypeError("not a list")
+        return [Record.from_json(v) for v in values]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SettingError(f"{path} isn't a list of records ({error}); move it away and run again") from error
+
+
+class RecordBook:
+    """The records of a run, written through to `records.json` at every addition.
+
+    Args:
+        path: The file; None keeps the records in memory only (processes other than the first).
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.records = read(path) if path else []
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append records and write the file."""
+        self.records.extend(records)
+        if self.path:
+            write(self.path, self.records)
