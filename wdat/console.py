@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from wdat.errors import SettingError
 from wdat.records import Record
@@ -27,12 +28,8 @@ def readable_errors() -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(str(cause))}")
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", str(cause)))
         sys.exit(2)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def percent(value: float | None) -> str:
@@ -64,7 +61,7 @@ def before_after(records: Sequence[Record], attacks: Sequence[str], delta: float
     about = "" if clean is None else f"{clean.network} on {clean.data}, {clean.n} test images, "
     about += "" if clean is None else f"{clean.norm} budget δ = {delta:.4g} ({255 * delta:.3g}/255)"
     table = Table(
-        title=f"Accuracy in percent [95 % interval]\n{_plain(about)}",
+        title=Text(f"Accuracy in percent [95 % interval]\n{about}"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -96,10 +93,10 @@ def _title(attack: str, record: Record | None) -> str:
     return f"{kind}\n{attack} {record.loss}"
 
 
-def _cell(r: Record | None) -> str:
+def _cell(r: Record | None) -> Text:
     if r is None:
-        return "–"
-    return _plain(f"{percent(r.accuracy)} [{100 * r.accuracy_low:.1f}, {100 * r.accuracy_high:.1f}]")
+        return Text("–")
+    return Text(f"{percent(r.accuracy)} [{100 * r.accuracy_low:.1f}, {100 * r.accuracy_high:.1f}]")
 
 
 def quiet_libraries() -> None:

@@ -27,7 +27,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         SettingError: If the folder isn't a run's, or has no checkpoint yet.
     """
     asked = [a for a in arguments if a.startswith(KEY)]
-    folder = asked[-1][len(KEY) :].strip("'\"") if asked else ""
+    folder = _unquoted(asked[-1][len(KEY) :]) if asked else ""
     if folder in ("", "null"):
         return list(arguments)
     run = Path(folder)
@@ -38,4 +38,11 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         raise SettingError(f"resume={run} has no {checkpoint}: the run stopped before its first epoch; start it again")
     old = [str(a) for a in OmegaConf.load(overrides) if not str(a).startswith(KEY)]
     new = [a for a in arguments if not a.startswith(KEY)]
-    return [*old, *new, f"hydra.run.dir={run}", f"{KEY}{run}"]
+    quoted = "'" + str(run).replace("'", r"\'") + "'"  # in Hydra's grammar commas, brackets and braces have meanings
+    return [*old, *new, f"hydra.run.dir={quoted}", f"{KEY}{quoted}"]
+
+
+def _unquoted(text: str) -> str:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1].replace(f"\\{text[0]}", text[0])
+    return text

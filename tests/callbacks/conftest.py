@@ -42,7 +42,7 @@ def weights(digits):
     network = load_network("small_cnn", seed=1).train()
     images = digits(limit_train=None).images("train")
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    for step in range(60):
+    for step in range(25):
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(step))[:64]
         optimizer.zero_grad()
         logits = network(images.images[rows].float() / 255)

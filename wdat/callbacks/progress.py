@@ -32,6 +32,8 @@ class WorkProgress(ProgressBar):
         self.label = label
         self.console = Console(soft_wrap=True, highlight=False)
         self._live: Progress | None = None
+        self._batches = 0
+        self._enabled = True
         self._tasks: dict[str, TaskID] = {}
 
     def report(self, label: str, done: int, total: int) -> None:
@@ -44,10 +46,19 @@ class WorkProgress(ProgressBar):
         if done >= total:
             self._live.remove_task(self._tasks.pop(label))
 
+    def disable(self) -> None:
+        """Show nothing; Lightning asks for it on processes other than the first."""
+        self._enabled = False
+        self._stop()
+
+    def enable(self) -> None:
+        """Show progress again."""
+        self._enabled = True
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the display, on the first process only."""
         super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero and self.console.is_terminal:
+        if self._enabled and trainer.is_global_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._live = Progress(*columns, console=self.console, transient=True)
             self._live.start()
@@ -77,7 +88,7 @@ class WorkProgress(ProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the epoch's figures."""
-        if not trainer.is_global_zero:
+        if not self._enabled or not trainer.is_global_zero:
             return
         figures = trainer.callback_metrics
         parts = [f"{n} {f.format(s * float(figures[k]))}" for k, (n, f, s) in SHOWN.items() if k in figures]

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from wdat.attacks import Attack
 from wdat.batch import Batch
+from wdat.errors import SettingError
 from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.run import Progress
 from wdat.guard import ordinary
@@ -41,6 +42,10 @@ class RobustEvaluation(L.Callback):
         batch_size: int = 512,
         curve: Sequence[float] = (),
     ) -> None:
+        if not pointwise.pointwise:
+            raise SettingError(
+                f"callbacks.robust_evaluation.pointwise.name={pointwise.name} is not pointwise; use pgd or fgsm"
+            )
         self.pointwise, self.distributional = pointwise, distributional
         self.loss, self.batch_size, self.curve = loss, batch_size, tuple(curve)
         self.book = RecordBook(None)

@@ -28,9 +28,9 @@ def accuracy_against_budget(records: Sequence[Record], path: Path) -> None:
         clean = [r for r in chosen if r.stage == stage and r.attack == "none"][-1:]
         for attack in attacks:
             latest = {r.delta: r for r in chosen if r.stage == stage and r.attack == attack}
-            points = clean + [latest[delta] for delta in sorted(latest)]
-            if not points:
+            if not latest:
                 continue
+            points = clean + [latest[delta] for delta in sorted(latest)]
             deltas = [255 * r.delta for r in points]
             order = f"W_{points[-1].p:g}" if points[-1].p != float("inf") else "pointwise"
             axes.plot(

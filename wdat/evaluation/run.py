@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wdat.attacks import Attack, Context, build
+from wdat.attacks import ATTACKS, Attack, Context, build
 from wdat.attacks.base import check_images
-from wdat.errors import SettingError
+from wdat.errors import SettingError, unknown
 from wdat.evaluation.bounds import bootstrap_interval
 from wdat.gradients import input_gradients
 from wdat.guard import ordinary, undisturbed
@@ -108,6 +108,11 @@ def evaluate(
     images = ImageTensors(*ordinary(tensors.x, tensors.y))
     check_images(network, images.x, images.y)
     facts = facts or Facts()
+    for loss in losses:
+        get_label_loss(loss, "losses")
+    for name in options or {}:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS, f"attack_options.{name}")
     runs = [(a, loss) for a in attacks for loss in losses if isinstance(a, str)]
     built = [build(a, **{"loss": loss, "batch_size": batch_size, **(options or {}).get(a, {})}) for a, loss in runs]
     built += [a for a in attacks if isinstance(a, Attack)]
