@@ -35,7 +35,7 @@ CONTRACT = {
     "objective": ("wdat trades combined pgd_at clean", ""),
     "sensitivity": ("subsample exact batch ema", "table"),
     "finetune": ("all head", "reset_head perturb"),
-    "schedule": ("finetune20 trades2019 hendrycks2019", "rebuffi2021 wang2023"),
+    "schedule": ("finetune20 trades2019 hendrycks2019", "rebuffi2021 wang2023 finetune_plain"),
     "logger": ("csv wandb tensorboard", ""),
     "trainer": ("default", "cpu gpu ddp"),
     "callbacks": ("default", "none"),
