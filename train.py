@@ -28,6 +28,7 @@ from wdat import models
 from wdat.attacks import build
 from wdat.callbacks import RobustEvaluation, WorkProgress
 from wdat.console import before_after, figures, quiet_libraries, readable_errors
+from wdat.errors import SettingError, unknown
 from wdat.evaluation.plots import accuracy_against_budget
 from wdat.module import WDATModule
 from wdat.objectives import Objective
@@ -35,6 +36,8 @@ from wdat.records import Facts, RecordBook
 from wdat.resume import resumed_arguments
 from wdat.schedules import Cosine
 from wdat.sensitivity import Batch
+
+MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
 
 
 def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
@@ -47,6 +50,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     Returns:
         The records of the run.
     """
+    check(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     threat = instantiate(cfg.threat)
     data = instantiate(cfg.data)
@@ -108,6 +112,17 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
             f"checkpoint {best}\nrecords    {book.path}\npicture    {picture}", highlight=False, soft_wrap=True
         )
     return book
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse at once what Lightning would refuse in its own words, perhaps after an epoch."""
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise SettingError(f"seed={cfg.seed} must be a whole number from 0 to 2**32 - 1")
+    epochs = cfg.trainer.max_epochs
+    if not isinstance(epochs, int) or epochs < 0:
+        raise SettingError(f"trainer.max_epochs={epochs} must be a whole number from 0: schedules scale to it")
+    if cfg.monitor not in MONITORS:
+        raise unknown("metric", cfg.monitor, MONITORS, "monitor")
 
 
 def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule) -> None:

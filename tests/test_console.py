@@ -124,9 +124,10 @@ def test_before_and_after():
     assert row(text, "before") == ["before", "90.00 [85.0, 95.0]", "50.00 [45.0, 55.0]", "25.00 [20.0, 30.0]", "12.35"]
     assert row(text, "after") == ["after", "87.50 [82.5, 92.5]", "56.25 [51.2, 61.3]", "31.25 [26.2, 36.2]", "3.00"]
     assert row(text, "change") == ["change", "-2.50", "+6.25", "+6.25"]
-    assert "net[1] on digits, 200 test images, linf, δ = 0.1" in text
-    assert words(text, "pgd ce") == ["pgd ce", "wpgd ce", "ce"]
-    assert words(text, "distributional") == ["clean", "pointwise", "distributional W_2", "Υ"]
+    for part in ("net[1] on digits, 200 test images", "linf", "δ = 0.1"):
+        assert part in text
+    assert words(text, "pgd ce") == ["clean", "pgd ce", "wpgd ce", "ce"]
+    assert words(text, "distributional") == ["pointwise", "distributional W_2", "Υ"]
 
 
 def test_the_latest_record_counts():

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hydra.errors import InstantiationException
+from omegaconf.errors import MissingMandatoryValue
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,13 +25,25 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SettingError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        message = _message(error)
+        if message is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", str(cause)))
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", message))
         sys.exit(2)
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user of an error in the settings; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SettingError):
+            return str(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} must be set: add {cause.full_key}=... to the command line"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, (TypeError, ValueError)):
+        return str(error).replace("\nfull_key: ", "; look at the setting ")
+    return None
 
 
 def percent(value: float | None) -> str:
@@ -109,6 +123,7 @@ def quiet_libraries() -> None:
         ".*pkg_resources is deprecated.*",  # robustbench
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen
+        ".*It is recommended to use .self.log.*sync_dist=True.*",  # figures are equal on all processes
         ".*The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -52,7 +52,10 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
         SettingError: With fewer than three classes.
     """
     if logits.shape[1] < 3:
-        raise SettingError("the losses dlr and redlr need at least three classes; use losses=[ce] or attack.loss=ce")
+        raise SettingError(
+            "the losses dlr and redlr need at least three classes; use ce: losses=[ce], attack.loss=ce, "
+            "callbacks.robust_evaluation.distributional.loss=ce"
+        )
     z = _precise(logits)
     top = z.topk(3, dim=1).values
     return margin(z, labels) / (top[:, 0] - top[:, 2]).clamp_min(DLR_FLOOR)

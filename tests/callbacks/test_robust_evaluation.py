@@ -42,6 +42,7 @@ def test_stand_alone_loops(split, inference, eval_batch_size, digits, make_modul
     assert clean.upsilon == pytest.approx(wanted[0].upsilon, rel=1e-5)
     assert 0 < distributional.accuracy < clean.accuracy < 1, "these tests need accuracies inside (0, 1)"
 
+    assert pointwise.distance < 0.9 * distributional.distance
     found = {key: logged[f"{split}/{key}"] for key in KEYS}
     assert found["acc_clean"] == clean.accuracy  # counted by torchmetrics
     assert found == pytest.approx(
@@ -139,7 +140,7 @@ def test_progress_is_told(digits, make_module, make_evaluation, make_trainer):
 
 
 def test_at_p_inf_both_attacks_are_pointwise(digits, make_module, make_evaluation, make_trainer):
-    evaluation = make_evaluation()
+    evaluation = make_evaluation(pointwise_step=0.375)
     module = make_module(threat=ThreatModel(math.inf, "linf", 0.1))
     make_trainer(evaluation).validate(module, digits(), verbose=False)
     _, pointwise, distributional = evaluation.last

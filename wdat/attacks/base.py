@@ -76,8 +76,8 @@ class AttackResult:
         threat: The attack's own threat (p = inf for `fgsm` and `pgd`).
         norms: (N,), dual norms at the clean images, or None where no clean gradient was taken.
         loss_mean: Largest mean loss on the trajectory; None in training.
-        set_size: Images that shared the budget, over all processes.
-        dropped: Images left out of the allocation because their gradient was not finite, over all processes.
+        set_size: Images that shared the budget, over all processes (in training: this process's images).
+        dropped: Images left out of the allocation because their gradient was not finite, likewise.
         accuracy: Accuracy of the whole set at `x_adv`, in [0, 1]; None in training.
         correct: (N,), bool, this process's part; None in training.
     """

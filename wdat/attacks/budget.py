@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wdat.attacks.allocation import allocate
 from wdat.attacks.base import Context, Moved
 from wdat.attacks.gradient import GradientAttack
+from wdat.errors import SettingError
 from wdat.gradients import input_gradients
 from wdat.threat import ThreatModel, contract, direction, per_image
 
@@ -31,6 +32,11 @@ class WPGDBudget(GradientAttack):
 
     name: ClassVar[str] = "wpgd_budget"
     radius_max: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.radius_max is not None and not self.radius_max >= 1:
+            raise SettingError(f"attack.radius_max={self.radius_max:g} is in units of the budget: at least 1, or null")
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         clean, norms = None, None

@@ -33,6 +33,7 @@ class WorkProgress(ProgressBar):
         self.console = Console(soft_wrap=True, highlight=False)
         self._live: Progress | None = None
         self._batches = 0
+        self._validated = False
         self._enabled = True
         self._tasks: dict[str, TaskID] = {}
 
@@ -84,12 +85,18 @@ class WorkProgress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the epoch's length."""
+        self._validated = False
         self._batches = int(trainer.num_training_batches)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember that this epoch has figures of its own."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the epoch's figures."""
         if not self._enabled or not trainer.is_global_zero:
             return
         figures = trainer.callback_metrics
-        parts = [f"{n} {f.format(s * float(figures[k]))}" for k, (n, f, s) in SHOWN.items() if k in figures]
+        fresh = [k for k in SHOWN if k in figures and (self._validated or not k.startswith("val/"))]
+        parts = [f"{SHOWN[k][0]} {SHOWN[k][1].format(SHOWN[k][2] * float(figures[k]))}" for k in fresh]
         self.console.print(f"{self.label} {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(parts)}")
