@@ -96,8 +96,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if not resume:
         measure("before")
     trainer.fit(module, data, ckpt_path=resume)
-    best = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    if best:
+    # Without any validation, because the run is shorter than its cadence, the last epoch stands.
+    best = trainer.checkpoint_callback.best_model_path or str(run_dir / "checkpoints" / "last.ckpt")  # type: ignore[union-attr]
+    if Path(best).exists():
         state = torch.load(best, map_location=module.device, weights_only=True)
         module.load_state_dict(state["state_dict"])
         evaluation.facts = replace(facts, checkpoint=str(best))

@@ -36,7 +36,8 @@ SCRIPT = Path(__file__).parents[1] / "train.py"
 LOCALLY = ["trainer.accelerator=cpu", "trainer.devices=1"]
 EVALUATION = "callbacks.robust_evaluation"
 QUICK = [
-    "experiment=quickstart", *LOCALLY, "attack.steps=2", "curve=[0.5]", "pretrain.max_epochs=6", "data.batch_size=32",
+    "experiment=quickstart", *LOCALLY, "trainer.check_val_every_n_epoch=1", "attack.steps=2", "curve=[0.5]",
+    "pretrain.max_epochs=6", "data.batch_size=32",
     "trainer.max_epochs=2", "trainer.log_every_n_steps=3", f"{EVALUATION}.pointwise.steps=4",
     f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=4",
     f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=320", "data.limit_val=30", "data.limit_test=35",
@@ -237,7 +238,7 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
     assert result.status == 0, result.err
     records = read(Path("run/records.json"))
     assert [r.epoch for r in records if r.stage == "epoch" and r.attack == "none"] == [1, 2, 3]
-    assert "epoch000" in records[-1].checkpoint, "the best is remembered"
+    assert Path(records[-1].checkpoint).name == "best.ckpt", "the best is remembered"
 
 
 def test_two_jobs_in_one_process(tmp_path):
