@@ -101,7 +101,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if Path(best).exists():
         state = torch.load(best, map_location=module.device, weights_only=True)
         module.load_state_dict(state["state_dict"])
-        evaluation.facts = replace(facts, checkpoint=str(best))
+        evaluation.facts = replace(facts, checkpoint=os.path.relpath(best, run_dir))
     measure("after")
     if first:
         picture = run_dir / "curve.png"

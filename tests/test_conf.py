@@ -32,7 +32,7 @@ CONTRACT = {
     ),
     "data": ("cifar10 cifar100 npz digits", "imagenet"),
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
-    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm", "knapsack_budget"),
+    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", ""),
     "objective": ("wdat trades combined pgd_at clean", ""),
     "sensitivity": ("subsample exact batch ema", "table"),
     "finetune": ("all head", "reset_head perturb"),
@@ -149,7 +149,7 @@ def test_attacks_serve_in_training(composed, choice, norm):
     attack = instantiate(composed(f"attack={choice}", f"threat=w2_{norm}").attack)
     assert attack.name == choice
     assert attack.threat_of(ThreatModel(2, norm, 0.1)).is_pointwise == (choice in ("fgsm", "pgd"))
-    assert (attack.loss, attack.radii_loss) == ("kl", "ce")
+    assert (attack.loss, attack.radii_loss) == ("kl", "margin" if attack.by_distance else "ce")
     if choice in ("wpgd_budget", "wfgsm"):
         assert attack.radius_max == 4
     if choice in ("fgsm", "wfgsm"):

@@ -113,6 +113,27 @@ def _cell(r: Record | None) -> Text:
     return Text(f"{percent(r.accuracy)} [{100 * r.accuracy_low:.1f}, {100 * r.accuracy_high:.1f}]")
 
 
+def evaluation_table(records: Sequence[Record]) -> Table:
+    """Accuracy with 95 % intervals, one row for each attack, loss and budget."""
+    last = records[-1]
+    about = f"{last.network} on {last.data}, {last.n} {last.split} images, {last.norm}"
+    table = Table(
+        title=Text(f"Accuracy in percent [95 % interval]\n{about}"), title_justify="left",
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1),
+    )  # fmt: skip
+    for title in ("attack", "loss", "threat", "budget δ", "accuracy", "distance", "seconds"):
+        table.add_column(title, justify="left" if title in ("attack", "loss", "threat") else "right", no_wrap=True)
+    for r in records:
+        clean = r.attack == "none"
+        threat = "–" if clean else "pointwise" if r.p == float("inf") else f"W_{r.p:g}"
+        bound = {"upper": " ≤", "lower": " ≥"}.get(str(r.details.get("bound", "")), "")
+        table.add_row(
+            "clean" if clean else r.attack + bound, r.loss, threat, "–" if clean else f"{r.delta:.4g}",
+            _cell(r), "–" if clean else f"{r.distance:.4g}", f"{r.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say about things that this project chose on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -134,8 +134,9 @@ class WDATModule(L.LightningModule):
 
     def _measure(self, step: int) -> None:
         """Measure the dual norms that the estimator wants before this step, on all processes together."""
-        pointwise = self.attack.threat_of(self.threat).is_pointwise  # then every radius is δ, whatever Υ is
-        wanted = None if pointwise else self.sensitivity.wanted(step)
+        # At p = inf every radius is δ, whatever Υ is.
+        uniform = self.attack.threat_of(self.threat).is_pointwise and not self.attack.by_distance
+        wanted = None if uniform else self.sensitivity.wanted(step)
         if wanted is None:
             return
         data: TrainingImages = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -84,6 +84,7 @@ class Record:
         loss_misclassified: W(0), mean loss over misclassified images (clean records); None if there are none.
         epoch: Epochs trained, for stage `epoch`.
         dropped: Images left out because their gradient was not finite.
+        details: What only some attacks know, in plain values; `wdat.evaluation.details` lists the keys.
     """
 
     stage: str
@@ -113,6 +114,7 @@ class Record:
     loss_misclassified: float | None = None
     epoch: int | None = None
     dropped: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; p = inf becomes the text `inf`, any other figure that isn't finite null."""

@@ -12,13 +12,14 @@ from wdat.errors import SettingError
 KEY = "resume="
 
 
-def resumed_arguments(arguments: Sequence[str]) -> list[str]:
+def resumed_arguments(arguments: Sequence[str], checkpoint: str | None = "checkpoints/last.ckpt") -> list[str]:
     """The command line of a run to resume: the stopped run's overrides, then the new ones, then its folder.
 
     A run must go on in its own folder, because the choice of the best checkpoint is tied to it.
 
     Args:
         arguments: Overrides as typed, with or without `resume=RUN_DIR`.
+        checkpoint: The file in the folder without which there is nothing to resume; None for none.
 
     Returns:
         The arguments unchanged where there is nothing to resume.
@@ -31,10 +32,10 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     if folder in ("", "null"):
         return list(arguments)
     run = Path(folder)
-    overrides, checkpoint = run / ".hydra" / "overrides.yaml", run / "checkpoints" / "last.ckpt"
+    overrides = run / ".hydra" / "overrides.yaml"
     if not overrides.exists():
         raise SettingError(f"resume={run} is not the folder of a run: there is no {overrides}")
-    if not checkpoint.exists():
+    if checkpoint and not (run / checkpoint).exists():
         raise SettingError(f"resume={run} has no {checkpoint}: the run stopped before its first epoch; start it again")
     old = [str(a) for a in OmegaConf.load(overrides) if not str(a).startswith(KEY)]
     new = [a for a in arguments if not a.startswith(KEY)]

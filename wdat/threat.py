@@ -62,9 +62,16 @@ def dual_norm(g: Tensor, norm: str) -> Tensor:
 
 
 def _l2(flat: Tensor) -> Tensor:
-    """Summed in float64, because squares of small and large float32 values leave its range."""
-    length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-    return length.to(flat.dtype)
+    length: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    odd = _odd(length)
+    if bool(odd.any()):  # squares of small and large values have left the range of float32
+        wide: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+        length = torch.where(odd, wide.to(flat.dtype), length)
+    return length
+
+
+def _odd(length: Tensor) -> Tensor:
+    return ~((length > 1e-15) & (length < 1e15))
 
 
 def direction(g: Tensor, norm: str) -> Tensor:
@@ -74,11 +81,12 @@ def direction(g: Tensor, norm: str) -> Tensor:
     """
     if norm == "linf":
         return g.sign()
-    # Divide by the largest entry first: squares of tiny gradients underflow.
-    largest = per_image(g.flatten(1).abs().amax(1), g)
-    unit = torch.where(largest > 0, g / largest, 0.0)
-    length = per_image(image_norm(unit, "l2"), g)
-    return torch.where(length > 0, unit / length, 0.0)
+    length = image_norm(g, norm)
+    if bool(_odd(length).any()):  # divide by the largest entry first, so that tiny gradients keep their direction
+        largest = per_image(g.flatten(1).abs().amax(1), g)
+        g = torch.where(largest > 0, g / largest, 0.0)
+        length = image_norm(g, norm)
+    return g / per_image(torch.where(length > 0, length, 1.0), g)
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -98,12 +106,18 @@ def contract(origin: Tensor, x: Tensor, radii: Tensor, norm: str) -> Tensor:
         norm: Ground norm.
     """
     offset = x - origin
+    shrink(offset, radii, radii if norm == "linf" else image_norm(offset, norm), norm)
+    return offset.add_(origin)
+
+
+def shrink(offset: Tensor, radii: Tensor, lengths: Tensor, norm: str) -> None:
+    """What `contract` does, in place on offsets (N, ...) whose lengths (N,) are known."""
     bound = per_image(radii, offset)
     if norm == "linf":
-        return origin + torch.minimum(torch.maximum(offset, -bound), bound)
-    length = per_image(image_norm(offset, norm), offset)
-    factor = torch.where(length > bound, bound / length.clamp_min(torch.finfo(offset.dtype).tiny), 1.0)
-    return origin + offset * factor
+        offset.clamp_(-bound, bound)
+    else:
+        factor = torch.where(lengths > radii, radii / lengths.clamp_min(torch.finfo(offset.dtype).tiny), 1.0)
+        offset.mul_(per_image(factor, offset))
 
 
 def power_mean(values: Tensor, order: float, processes: Processes = ALONE) -> float:

@@ -11,13 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from wdat.attacks.allocation import allocate, capped_radii, granted_share, sensitivity_radii
+from wdat.attacks.autoattack import AutoAttack
 from wdat.attacks.base import Attack, AttackResult, Context
 from wdat.attacks.budget import FGSM, PGD, WFGSM, WPGDBudget
+from wdat.attacks.knapsack import Knapsack
+from wdat.attacks.knapsack_budget import Critical, KnapsackBudget
 from wdat.attacks.wpgd import WPGD
 from wdat.errors import unknown
 from wdat.threat import ThreatModel
 
-ATTACKS: dict[str, type[Attack]] = {a.name: a for a in (FGSM, PGD, WFGSM, WPGD, WPGDBudget)}
+ATTACKS: dict[str, type[Attack]] = {
+    a.name: a for a in (FGSM, PGD, WFGSM, WPGD, WPGDBudget, Knapsack, AutoAttack, KnapsackBudget, Critical)
+}
 
 __all__ = [
     "ATTACKS",

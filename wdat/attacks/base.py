@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Moved:
         loss_mean: Largest mean loss on the trajectory, None in training.
         norms: (N,), dual norms at the clean images; None where no clean gradient was taken.
         dropped: Images of this process without a finite gradient.
+        details: What only this attack knows, for records; keys as in `wdat.evaluation.details`.
     """
 
     x_adv: Tensor
@@ -62,6 +63,7 @@ class Moved:
     loss_mean: float | None = None
     norms: Tensor | None = None
     dropped: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class AttackResult:
         dropped: Images left out of the allocation because their gradient was not finite, likewise.
         accuracy: Accuracy of the whole set at `x_adv`, in [0, 1]; None in training.
         correct: (N,), bool, this process's part; None in training.
+        details: What only this attack knows; keys as in `wdat.evaluation.details`.
     """
 
     x_adv: Tensor
@@ -93,6 +96,7 @@ class AttackResult:
     dropped: int
     accuracy: float | None = None
     correct: Tensor | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 TOLERANCE = 1e-5  # relative, plus a few float32 roundings of a pixel
@@ -139,6 +143,7 @@ class Attack(ABC):
 
     name: ClassVar[str]
     pointwise: ClassVar[bool] = False
+    by_distance: ClassVar[bool] = False  # divides its budget by distances to the boundary, not by sensitivity
     batch_size: int = field(default=512, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -188,6 +193,7 @@ class Attack(ABC):
             result = AttackResult(
                 x_adv=moved.x_adv, distances=distances, distance=length, radii=moved.radii, threat=own,
                 norms=moved.norms, loss_mean=moved.loss_mean, set_size=len(x), dropped=moved.dropped,
+                details=moved.details,
             )  # fmt: skip
             if context.training:
                 return result

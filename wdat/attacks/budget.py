@@ -16,6 +16,7 @@ from wdat.attacks.base import Context, Moved
 from wdat.attacks.gradient import GradientAttack
 from wdat.errors import SettingError
 from wdat.gradients import input_gradients
+from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, contract, direction, per_image
 
 
@@ -40,14 +41,14 @@ class WPGDBudget(GradientAttack):
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         clean, norms = None, None
-        if threat.is_pointwise and context.noise is not None:
+        if threat.is_pointwise and context.noise is not None and not self.by_distance:
             radii = x.new_full((len(x),), threat.delta)
         else:
             clean, norms, sensitivity = self._clean(network, x, y, threat, context)
-            radii = allocate(norms, sensitivity, threat, self.radius_max).to(x.dtype)
+            radii = self._radii(norms, sensitivity, threat).to(x.dtype)
         target = self._target(network, x, y, context, clean)
 
-        everyone = not context.training or threat.is_pointwise
+        everyone = not context.training or (threat.is_pointwise and not self.by_distance)
         rows = slice(None) if everyone else (radii > 0).nonzero().squeeze(1)
         origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
         length = per_image(self.step_size * bound, x)
@@ -64,6 +65,9 @@ class WPGDBudget(GradientAttack):
         z, loss_mean = self._ascend(network, first, y, target, move, context)
         dropped = 0 if clean is None else int((~clean.finite).sum())
         return Moved(_put(z, rows, x), radii, self._share(threat, context), loss_mean, norms, dropped)
+
+    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> Tensor:
+        return allocate(norms, sensitivity, threat, self.radius_max)
 
     @staticmethod
     def _share(threat: ThreatModel, context: Context) -> float | None:

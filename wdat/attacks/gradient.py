@@ -48,17 +48,21 @@ class GradientAttack(Attack):
 
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """Dual norms n_i of the radii loss at the clean images, (N,); call it inside `undisturbed`."""
-        return dual_norm(input_gradients(network, x, y, self._radii_loss, self.batch_size).gradient, threat.norm)
+        return self._quantity(input_gradients(network, x, y, self._radii_loss, self.batch_size), threat)
+
+    def _quantity(self, clean: Gradients, threat: ThreatModel) -> Tensor:
+        """What the allocation wants to know of each image, (N,)."""
+        return dual_norm(clean.gradient, threat.norm)
 
     def _clean(
         self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context
     ) -> tuple[Gradients, Tensor, Sensitivity]:
-        """The pass at the clean images: gradients, their dual norms (N,), and Υ that has observed them."""
+        """The pass at the clean images: gradients, what the allocation wants (N,), and Υ that has observed it."""
         clean = input_gradients(network, x, y, self._radii_loss, self.batch_size)
-        norms = dual_norm(clean.gradient, threat.norm)
+        norms = self._quantity(clean, threat)
         sensitivity = context.sensitivity or Sensitivity(threat.q, context.processes)
         sensitivity.observe(context.index, norms)
-        if not threat.is_pointwise and sensitivity.upsilon() == 0:
+        if not threat.is_pointwise and not self.by_distance and sensitivity.upsilon() == 0:
             warnings.warn(f"{self.name}: every gradient is zero (Υ = 0), so no image moves", stacklevel=4)
         return clean, norms, sensitivity
 

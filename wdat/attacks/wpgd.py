@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from wdat.attacks.allocation import granted_share, sensitivity_radii
 from wdat.attacks.base import Context, Moved
 from wdat.attacks.gradient import GradientAttack
-from wdat.threat import ThreatModel, contract, direction, dual_norm, per_image, power_mean
+from wdat.threat import ThreatModel, direction, dual_norm, image_norm, per_image, power_mean, shrink
+
+CHUNK = 128
 
 
 @dataclass
@@ -33,16 +36,22 @@ class WPGD(GradientAttack):
         target = self._target(network, x, y, context, clean)
 
         def move(z: Tensor, gradient: Tensor) -> Tensor:
-            n = dual_norm(gradient, threat.norm)
+            # Piecewise, so that a piece stays in the processor's cache.
+            chunks = [slice(i, i + CHUNK) for i in range(0, max(len(z), 1), CHUNK)]
+            n = torch.cat([dual_norm(gradient[rows], threat.norm) for rows in chunks])
             lengths = self.step_size * sensitivity_radii(n, power_mean(n, threat.q, processes), threat.q, share)
-            z = z + per_image(lengths, z) * direction(gradient, threat.norm)
-            d = threat.distances(x, z)
-            if threat.is_pointwise:
-                radii = d.clamp_max(share)
-            else:
-                total = threat.length(d, processes)
-                radii = d * (share / total if total > share else 1.0)
-            return contract(x, z, radii, threat.norm).clamp_(0, 1)
+            moved, d = torch.empty_like(z), torch.zeros_like(n)
+            for rows in chunks:
+                step = per_image(lengths[rows], z) * direction(gradient[rows], threat.norm)
+                offset = torch.sub(step.add_(z[rows]), x[rows], out=moved[rows])
+                d[rows] = image_norm(offset, threat.norm)
+            total = threat.length(d, processes)
+            radii = d.clamp_max(share) if threat.is_pointwise else d * min(share / max(total, 1e-300), 1.0)
+            for rows in chunks:
+                if total > share:
+                    shrink(moved[rows], radii[rows], d[rows], threat.norm)
+                moved[rows].add_(x[rows]).clamp_(0, 1)
+            return moved
 
         z, loss_mean = self._ascend(network, move(x, clean.gradient), y, target, move, context)
         return Moved(z, None, share, loss_mean, norms, int((~clean.finite).sum()))

@@ -25,7 +25,7 @@ class AttackLog(L.Callback):
         if not due(trainer):
             return
         values = radius_figures(pl_module.last_attack)
-        if not pl_module.last_attack.threat.is_pointwise:
+        if not pl_module.last_attack.threat.is_pointwise and not pl_module.attack.by_distance:
             values["upsilon"] = pl_module.sensitivity.upsilon()
         for key, value in values.items():
             pl_module.log(f"train/{key}", value, rank_zero_only=True)

@@ -2,7 +2,7 @@
 
     python -m wdat.evaluation.collect DIR...
 
-Every `records.json` below the folders is read (or a file of records itself).
+Every JSON file of records below the folders is read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Key = tuple[str, str, str, str, str, float, str, float]
 
 
 def find(places: Iterable[Path]) -> list[Record]:
-    """All records in files named, and in every `records.json` below folders named.
+    """All records in files named, and in every JSON file below folders named.
 
     Raises:
         SettingError: If a place holds none.
     """
     found: list[Record] = []
     for place in places:
-        files = [place] if place.is_file() else sorted(place.rglob("records.json"))
+        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
         if not files:
-            raise SettingError(f"{place} holds no records.json; name the folder of a run or of a multirun")
+            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
         for file in files:
             found += read(file)
     return found

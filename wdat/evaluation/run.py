@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from wdat.attacks import ATTACKS, Attack, Context, build
 from wdat.attacks.base import check_images
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.bounds import bootstrap_interval
+from wdat.evaluation.details import pictures
 from wdat.gradients import input_gradients
 from wdat.guard import ordinary, undisturbed
 from wdat.losses import get_label_loss
@@ -23,6 +24,8 @@ from wdat.records import Facts, Record
 from wdat.threat import ThreatModel, dual_norm, power_mean
 
 Progress = Callable[[str, int, int], None]
+
+ZERO_ONE = "0-1"  # the loss of attacks that count errors
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,149 @@ class ImageTensors:
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's parameters are; the CPU if it has none."""
     return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A network and a whole set of images, ready to be attacked; each call gives one record.
+
+    Attributes:
+        network: Takes images in [0, 1], gives logits (N, K).
+        images: The set, or this process's part of it.
+        batch_size: Images per pass.
+        stage: What the records say of their stage.
+        split: What they say of their split.
+        epoch: What they say of the epochs trained.
+        facts: What they say of network, data and seed.
+        processes: The processes that hold the other parts of the set.
+        progress: Called with a label, steps done and steps in all.
+        pictures: Whether records carry examples and histograms.
+        size: Images in the whole set, over all processes.
+
+    Raises:
+        SettingError: If an image or a label can't be used.
+    """
+
+    network: nn.Module
+    images: ImageTensors
+    batch_size: int = 512
+    stage: str = "evaluate"
+    split: str = "test"
+    epoch: int | None = None
+    facts: Facts = field(default_factory=Facts)
+    processes: Processes = ALONE
+    progress: Progress | None = None
+    pictures: bool = False
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", ImageTensors(*ordinary(self.images.x, self.images.y)))
+        check_images(self.network, self.images.x, self.images.y)
+        object.__setattr__(self, "size", int(self.processes.sum([float(len(self.images.y))])[0]))
+        if self.size == 0:
+            raise SettingError("the set of images to evaluate is empty; check data.limit_test and data.val_size")
+
+    def record(self, hits: int, **values: Any) -> Record:
+        """A record on this set, from the number of images classified correctly and what else is known."""
+        low, high = bootstrap_interval(hits, self.size)
+        about: dict[str, Any] = {
+            "stage": self.stage, "split": self.split, "epoch": self.epoch, "device": str(self.images.x.device),
+            "n": self.size, "set_size": self.size, **asdict(self.facts),
+            "accuracy": hits / self.size, "accuracy_low": low, "accuracy_high": high,
+        }  # fmt: skip
+        return Record(**{**about, **values})
+
+    def clean(self, threat: ThreatModel, loss: str) -> Record:
+        """A, V(0), W(0) and Υ of one loss, from one forward and backward pass [B]."""
+        started = time.perf_counter()
+        x, y = self.images.x, self.images.y
+        with undisturbed(self.network), torch.autocast(x.device.type, enabled=False):
+            clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
+        wrong, values = clean.logits.argmax(1) != y, clean.loss.double()
+        totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
+        misses, total, total_wrong, dropped = self.processes.sum(totals)
+        return self.record(
+            hits=self.size - int(misses),
+            attack="none",
+            options={},
+            loss=loss,
+            p=threat.p,
+            norm=threat.norm,
+            delta=0.0,
+            loss_mean=total / self.size,
+            distance=0.0,
+            seconds=time.perf_counter() - started,
+            upsilon=power_mean(dual_norm(clean.gradient, threat.norm), threat.q, self.processes),
+            loss_misclassified=total_wrong / misses if misses else None,
+            dropped=int(dropped),
+        )
+
+    def attacked(self, attack: Attack, threat: ThreatModel) -> Record:
+        """Accuracy under one attack, verified."""
+        started = time.perf_counter()
+        options = settings(attack)
+        loss = str(options.pop("loss", ZERO_ONE))
+        label = f"{attack.name} {loss}"
+        progress = partial(self.progress, label) if self.progress else None
+        context = Context(processes=self.processes, progress=progress)
+        result = attack(self.network, self.images.x, self.images.y, threat, context)
+        values: dict[str, Any] = {
+            "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
+            "p": result.threat.p, "delta": result.threat.delta,
+            "loss_mean": result.loss_mean, "distance": result.distance, "dropped": result.dropped,
+        }  # fmt: skip
+        details = dict(result.details)
+        if "accuracy" in details:  # the optimum, whose last image is attacked fractionally
+            details["materialised"] = {"accuracy": result.accuracy, "distance": result.distance}
+            values |= _taken(details)
+        if self.pictures:
+            details |= pictures(self.network, self.images.x, self.images.y, result, self.batch_size)
+        seconds = time.perf_counter() - started
+        return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
+
+    def bounded(self, name: str, options: dict[str, Any], threat: ThreatModel, details: dict[str, Any]) -> Record:
+        """A record of figures that were not attacked for, such as a bound from certified radii."""
+        about = {"attack": name, "options": options, "loss": ZERO_ONE, "p": threat.p, "norm": threat.norm}
+        values = {**about, "delta": threat.delta, "loss_mean": None, "seconds": 0.0, **_taken(details)}
+        return self.record(hits=0, **values, details=details)
+
+
+def _taken(details: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the details what has a field of its own in a record."""
+    return {k: details.pop(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "distance")}
+
+
+def settings(attack: Attack) -> dict[str, Any]:
+    """The options of an attack, as its record states them."""
+    return {f.name: getattr(attack, f.name) for f in fields(attack) if f.repr}
+
+
+def plan(
+    attacks: Sequence[str | Attack],
+    losses: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int = 512,
+) -> list[Attack]:
+    """The attacks to run: one for each name and loss, one for each name that ascends no loss, and those made already.
+
+    Raises:
+        SettingError: If a name or an option can't be used.
+    """
+    for loss in losses:
+        get_label_loss(loss, "losses")
+    for name in options or {}:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS, f"attack_options.{name}")
+    built: list[Attack] = []
+    for attack in attacks:
+        if isinstance(attack, Attack):
+            built.append(attack)
+            continue
+        given = {"batch_size": batch_size, **(options or {}).get(attack, {})}
+        kind = ATTACKS.get(attack)
+        ascends = kind is None or any(f.name == "loss" for f in fields(kind))
+        built += [build(attack, **{"loss": loss, **given}) for loss in losses] if ascends else [build(attack, **given)]
+    return built
 
 
 def evaluate(
@@ -103,80 +249,7 @@ def evaluate(
         >>> [r.attack for r in records]
         ['none', 'wpgd']
     """
-    device = device_of(network)
-    tensors = loader if isinstance(loader, ImageTensors) else ImageTensors.collect(loader, device)
-    images = ImageTensors(*ordinary(tensors.x, tensors.y))
-    check_images(network, images.x, images.y)
-    facts = facts or Facts()
-    for loss in losses:
-        get_label_loss(loss, "losses")
-    for name in options or {}:
-        if name not in ATTACKS:
-            raise unknown("attack", name, ATTACKS, f"attack_options.{name}")
-    runs = [(a, loss) for a in attacks for loss in losses if isinstance(a, str)]
-    built = [build(a, **{"loss": loss, "batch_size": batch_size, **(options or {}).get(a, {})}) for a, loss in runs]
-    built += [a for a in attacks if isinstance(a, Attack)]
-
-    def record(**values: Any) -> Record:
-        hits, n = values.pop("hits"), values["n"]
-        low, high = bootstrap_interval(hits, n)
-        about = {"stage": stage, "split": split, "epoch": epoch, "device": str(device), **asdict(facts)}
-        return Record(accuracy=hits / n, accuracy_low=low, accuracy_high=high, norm=threat.norm, **about, **values)
-
-    records = [record(**_clean(network, images, threat, loss, batch_size, processes)) for loss in losses]
-    for attack in built:
-        settings = {k: v for k, v in vars(attack).items() if not k.startswith("_")}
-        loss = str(settings.pop("loss", "0-1"))
-        label = f"{attack.name} {loss}"
-        started = time.perf_counter()
-        context = Context(processes=processes, progress=partial(progress, label) if progress else None)
-        result = attack(network, images.x, images.y, threat, context)
-        records.append(
-            record(
-                attack=attack.name,
-                options=settings,
-                loss=loss,
-                p=result.threat.p,
-                delta=result.threat.delta,
-                n=result.set_size,
-                set_size=result.set_size,
-                hits=round((result.accuracy or 0.0) * result.set_size),
-                loss_mean=result.loss_mean,
-                distance=result.distance,
-                seconds=time.perf_counter() - started,
-                dropped=result.dropped,
-            )
-        )
-    return records
-
-
-def _clean(
-    network: nn.Module, images: ImageTensors, threat: ThreatModel, loss: str, batch_size: int, processes: Processes
-) -> dict[str, Any]:
-    """A, V(0), W(0) and Υ of one loss, from one forward and backward pass [B]."""
-    started = time.perf_counter()
-    loss_function = get_label_loss(loss, "losses")
-    with undisturbed(network), torch.autocast(images.x.device.type, enabled=False):
-        clean = input_gradients(network, images.x, images.y, loss_function, batch_size)
-    wrong = clean.logits.argmax(1) != images.y
-    values = clean.loss.double()
-    totals = [float(len(wrong)), float(wrong.sum()), float(values.sum()), float(values[wrong].sum())]
-    n, misses, total, total_wrong = processes.sum(totals)
-    if n == 0:
-        raise SettingError("the set of images to evaluate is empty; check data.limit_test and data.val_size")
-    return {
-        "attack": "none",
-        "options": {},
-        "loss": loss,
-        "p": threat.p,
-        "delta": 0.0,
-        "n": int(n),
-        "set_size": int(n),
-        "hits": int(n - misses),
-        "loss_mean": total / n,
-        "distance": 0.0,
-        "seconds": time.perf_counter() - started,
-        "upsilon": power_mean(dual_norm(clean.gradient, threat.norm), threat.q, processes),
-        "loss_misclassified": total_wrong / misses if misses else None,
-        "dropped": int(processes.sum([float((~clean.finite).sum())])[0]),
-    }
+    tensors = loader if isinstance(loader, ImageTensors) else ImageTensors.collect(loader, device_of(network))
+    built = plan(attacks, losses, options, batch_size)
+    evaluator = Evaluator(network, tensors, batch_size, stage, split, epoch, facts or Facts(), processes, progress)
+    return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]

@@ -1,0 +1,122 @@
+"""An evaluation that may stop and go on: what is recorded is never computed again and never lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wdat.attacks import Attack, Context
+from wdat.attacks.knapsack import Knapsack, certified_figures
+from wdat.attacks.minimum_norm import Flips
+from wdat.errors import SettingError
+from wdat.evaluation.run import ZERO_ONE, Evaluator, settings
+from wdat.records import Record, RecordBook
+from wdat.threat import ThreatModel
+
+
+def signature(record: Record) -> tuple[Any, ...]:
+    """What makes two records the same measurement."""
+    options = tuple(sorted((k, str(v)) for k, v in record.options.items() if k != "batch_size"))
+    where = (record.network, record.checkpoint, record.data, record.split, record.seed, record.n)
+    return (*where, record.attack, options, record.loss, record.p, record.norm, round(record.delta, 12))
+
+
+class Session:
+    """Records of one network on one set of images, in one folder.
+
+    Args:
+        evaluator: The network and the images.
+        book: Where records are and go.
+        folder: Where nearest flips are kept between the attacks that need them.
+    """
+
+    def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
+        self.evaluator, self.book, self.folder = evaluator, book, folder
+        self._done = {signature(r) for r in book.records}
+
+    def clean(self, threat: ThreatModel, loss: str) -> None:
+        """The clean record of one loss."""
+        if self._missing("none", {}, loss, replace(threat, delta=0.0)):
+            self._add(self.evaluator.clean(threat, loss))
+
+    def attacked(self, attack: Attack, threat: ThreatModel) -> None:
+        """The record of one attack at one budget."""
+        own = attack.threat_of(threat)
+        options = settings(attack)
+        loss = str(options.pop("loss", ZERO_ONE))
+        if not self._missing(attack.name, options, loss, own):
+            return
+        if isinstance(attack, Knapsack) and attack.flips is None:
+            attack.flips = self._flips(attack, threat.norm)
+        self._add(self.evaluator.attacked(attack, threat))
+
+    def certified(self, radii: Tensor, source: str, threat: ThreatModel) -> None:
+        """The lower bound from certified radii (N,), 0 where an image is misclassified."""
+        if self._missing("certified", {"file": source}, ZERO_ONE, threat):
+            self._add(self.evaluator.bounded("certified", {"file": source}, threat, certified_figures(radii, threat)))
+
+    def save_distances(self, attacks: Sequence[Attack], norm: str) -> None:
+        """Write `distances_NORM.npz`: the nearest-flip distance of each image, in the order of the set."""
+        for attack in attacks:
+            if isinstance(attack, Knapsack):
+                flips = attack.flips or self._flips(attack, norm)
+                values = flips.distances.double().cpu().numpy()
+                np.savez(self.folder / f"distances_{norm}.npz", distances=values, labels=self.evaluator.images.y.cpu())
+
+    def _missing(self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel) -> bool:
+        wanted = self.evaluator.record(
+            hits=0, attack=name, options=options, loss=loss, p=threat.p, norm=threat.norm, delta=threat.delta,
+            loss_mean=None, distance=0.0, seconds=0.0,
+        )  # fmt: skip
+        return signature(wanted) not in self._done
+
+    def _add(self, record: Record) -> None:
+        self.book.add([record])
+        self._done.add(signature(record))
+
+    def _flips(self, attack: Knapsack, norm: str) -> Flips:
+        """Nearest flips, from the folder where an interrupted evaluation left them, else searched and kept."""
+        file = self.folder / f"flips_{norm}.pt"
+        about = {"search": str(attack.search), "facts": str(self.evaluator.facts), "n": self.evaluator.size}
+        if file.exists():
+            state = torch.load(file, map_location=self.evaluator.images.x.device, weights_only=True)
+            if state["about"] == about:
+                return Flips(state["x_adv"], state["distances"], [(int(k), d) for k, d in state["effort"]])
+        images, report = self.evaluator.images, self.evaluator.progress
+        progress = None if report is None else lambda k, n: report(f"nearest flips, {norm}", k, n)
+        flips = attack.find(self.evaluator.network, images.x, images.y, norm, Context(progress=progress))
+        state = {"about": about, "x_adv": flips.x_adv, "distances": flips.distances, "effort": flips.effort}
+        temporary = file.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(file)
+        return flips
+
+
+def read_radii(path: Path, n: int) -> Tensor:
+    """Certified radii in pixel units, one an image in the order of the set; 0 where an image is misclassified.
+
+    Args:
+        path: A `.npy` file, or an `.npz` file with an array `radii`.
+        n: Number of images.
+
+    Raises:
+        SettingError: If the file can't be read, or doesn't hold n numbers that aren't negative.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        values = loaded if isinstance(loaded, np.ndarray) else loaded["radii"]
+        radii = torch.from_numpy(np.asarray(values, dtype=np.float64))
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingError(f"certified={path} can't be read ({error}); give a .npy, or a .npz with `radii`") from error
+    if radii.shape != (n,) or bool((radii < 0).any()) or bool(radii.isnan().any()):
+        raise SettingError(
+            f"certified={path} must hold {n} radii that aren't negative, one an image, in pixel units; "
+            f"it holds an array of shape {tuple(radii.shape)}"
+        )
+    return radii
