@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from wdat import ThreatModel
 from wdat.attacks import ATTACKS
 from wdat.console import evaluation_table, quiet_libraries, readable_errors
-from wdat.errors import unknown
+from wdat.errors import SettingError, unknown
 from wdat.evaluation import ImageTensors
 from wdat.evaluation.plots import accuracy_against_budget
 from wdat.evaluation.report import write_report
@@ -31,6 +31,24 @@ from wdat.evaluation.run import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
 from wdat.records import Facts, RecordBook
 from wdat.resume import resumed_arguments
+from wdat.threat import parse_budget
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that the setting `device` names; `auto` takes a GPU if there is one.
+
+    Raises:
+        SettingError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingError(f"device={name} is unknown; use auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingError(f"device={name} isn't there; use auto or cpu")
+    return device
 
 
 def evaluate(cfg: DictConfig, run_dir: Path, console: Console) -> RecordBook:
@@ -49,13 +67,17 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: Console) -> RecordBook:
     for name in cfg.attacks:
         if name not in ATTACKS:
             raise unknown("attack", name, ATTACKS, "attacks")
+        if ATTACKS[name].by_distance:
+            raise SettingError(f"attacks: {name} trains; to evaluate, use knapsack")
+    if not cfg.deltas or not cfg.losses:
+        raise SettingError("deltas and losses must each name at least one: deltas=[8/255] losses=[ce]")
     base: ThreatModel = instantiate(cfg.threat)
-    threats = [ThreatModel(base.p, base.norm, delta) for delta in cfg.deltas]
+    threats = [ThreatModel(base.p, base.norm, parse_budget(delta, "deltas")) for delta in cfg.deltas]
     options = OmegaConf.to_container(cfg.attack_options, resolve=True)
     attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)  # type: ignore[arg-type]
     for attack in attacks:
         attack.threat_of(base)  # refuses an impossible pair before any work
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    device = choose_device(cfg.device)
     book = RecordBook(run_dir / "records.json")
 
     data = instantiate(cfg.data)
@@ -64,6 +86,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: Console) -> RecordBook:
     network = instantiate(cfg.model).to(device).eval()
     loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
     images = ImageTensors.collect(loader, device)
+    radii = read_radii(Path(cfg.certified), len(images.y)) if cfg.certified else None
     facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
     console.print(f"{cfg.model.name}: {len(images.y)} {cfg.split} images of {data.name} on {device}")
 
@@ -87,8 +110,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: Console) -> RecordBook:
         for threat in threats:
             for attack in attacks:
                 session.attacked(attack, threat)
-            if cfg.certified:
-                session.certified(read_radii(Path(cfg.certified), len(images.y)), str(cfg.certified), threat)
+            if radii is not None:
+                session.certified(radii, str(cfg.certified), threat)
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
 

@@ -119,17 +119,17 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     about = f"{last.network} on {last.data}, {last.n} {last.split} images, {last.norm}"
     table = Table(
         title=Text(f"Accuracy in percent [95 % interval]\n{about}"), title_justify="left",
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1),
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for title in ("attack", "loss", "threat", "budget δ", "accuracy", "distance", "seconds"):
         table.add_column(title, justify="left" if title in ("attack", "loss", "threat") else "right", no_wrap=True)
     for r in records:
         clean = r.attack == "none"
-        threat = "–" if clean else "pointwise" if r.p == float("inf") else f"W_{r.p:g}"
+        threat = "–" if clean else f"W_{r.p:g}"
         bound = {"upper": " ≤", "lower": " ≥"}.get(str(r.details.get("bound", "")), "")
         table.add_row(
-            "clean" if clean else r.attack + bound, r.loss, threat, "–" if clean else f"{r.delta:.4g}",
-            _cell(r), "–" if clean else f"{r.distance:.4g}", f"{r.seconds:.1f}",
+            "clean" if clean else r.attack + bound, r.loss, threat, "–" if clean else f"{r.delta:.3g}",
+            _cell(r), "–" if clean else f"{r.distance:.3g}", f"{r.seconds:.1f}",
         )  # fmt: skip
     return table
 

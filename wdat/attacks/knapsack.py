@@ -39,6 +39,10 @@ class Knapsack(Attack):
     seed: int = field(default=0, kw_only=True)
     flips: Flips | None = field(default=None, kw_only=True, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.search  # refuses what can't be used before any work
+
     def threat_of(self, threat: ThreatModel) -> ThreatModel:
         """Any p in [1, inf]."""
         return threat

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from wdat.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record, read
 
-Key = tuple[str, str, str, str, str, float, str, float]
+Key = tuple[str, str, str, str, str, float, str, float, str]
 
 
 def find(places: Iterable[Path]) -> list[Record]:
@@ -29,10 +29,15 @@ def find(places: Iterable[Path]) -> list[Record]:
     found: list[Record] = []
     for place in places:
         files = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        if not files:
-            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
+        before = len(found)
         for file in files:
-            found += read(file)
+            try:
+                found += read(file)
+            except SettingError:
+                if place.is_file() or file.name == "records.json":
+                    raise  # other JSON files below a folder, such as a logger's, are none of ours
+        if len(found) == before:
+            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
     return found
 
 
@@ -46,14 +51,17 @@ def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after",
     groups: dict[Key, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         if r.stage in stages:
-            key = (r.network, r.data, r.split, r.attack, r.loss, r.p, r.norm, r.delta)
+            key = (r.network, r.data, r.split, r.attack, r.loss, r.p, r.norm, r.delta, _options(r))
             groups[key][r.stage][r.seed] = r
+    shown = Counter(key[:-1] for key in groups)
     columns = [s for s in stages if any(s in g for g in groups.values())]
     lines = ["| network | data | attack | budget | n | seeds | " + " | ".join(columns) + " | change |"]
     lines += ["| " + " | ".join(["---"] * (len(columns) + 7)) + " |"]
     for key, group in groups.items():
-        network, data, split, attack, loss, p, norm, delta = key
+        network, data, split, attack, loss, p, norm, delta, options = key
         name = f"clean ({loss})" if attack == "none" else f"{attack} {loss}, W_{p:g}"
+        if shown[key[:-1]] > 1:
+            name += f" ({options})"
         budget = "–" if attack == "none" else f"{norm} {255 * delta:.3g}/255"
         some = next(iter(next(iter(group.values())).values()))
         seeds = sorted(set.union(*(set(g) for g in group.values())))
@@ -63,6 +71,10 @@ def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after",
         about = [network, f"{data} {split}", name, budget, str(some.n), ", ".join(map(str, seeds))]
         lines.append("| " + " | ".join([*about, *cells, change]) + " |")
     return "\n".join(lines)
+
+
+def _options(r: Record) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(r.options.items()) if k not in ("seed", "batch_size"))
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:

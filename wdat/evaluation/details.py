@@ -3,7 +3,7 @@
 | key | of | value |
 | --- | --- | --- |
 | `histogram` | every attack | `{"edges": [...], "counts": [...]}`: images by how far they were moved, pixel units |
-| `examples` | every attack | up to 8 images, those moved furthest, each with the keys of `examples` below |
+| `examples` | every attack | up to 6 images, those moved furthest, each with the keys of `examples` below |
 | `bound` | `knapsack`, `certified` | `"upper"` or `"lower"` bound of A_δ |
 | `critical_distance` | `knapsack`, `certified` | d*(δ), the largest distance paid for |
 | `curve` | `knapsack`, `certified` | `[[δ, accuracy], ...]` from one sort |
@@ -55,7 +55,7 @@ def histogram(distances: Tensor, bins: int = 40) -> dict[str, list[float]]:
     return {"edges": edges.tolist(), "counts": torch.histogram(d, edges).hist.tolist()}
 
 
-def examples(x: Tensor, y: Tensor, result: AttackResult, predictions: Tensor, count: int = 8) -> list[dict[str, Any]]:
+def examples(x: Tensor, y: Tensor, result: AttackResult, predictions: Tensor, count: int = 6) -> list[dict[str, Any]]:
     """The images that were moved furthest, with their changes.
 
     Args:

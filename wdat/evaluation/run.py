@@ -197,7 +197,15 @@ def plan(
         given = {"batch_size": batch_size, **(options or {}).get(attack, {})}
         kind = ATTACKS.get(attack)
         ascends = kind is None or any(f.name == "loss" for f in fields(kind))
-        built += [build(attack, **{"loss": loss, **given}) for loss in losses] if ascends else [build(attack, **given)]
+        try:
+            if ascends:
+                built += [build(attack, **{"loss": loss, **given}) for loss in losses]
+            else:
+                built.append(build(attack, **given))
+        except SettingError as error:
+            raise SettingError(str(error).replace("attack.", f"attack_options.{attack}.")) from error
+        except TypeError as error:
+            raise SettingError(f"attack_options.{attack}={given} has a value of the wrong type ({error})") from error
     return built
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ class Session:
     def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
         self.evaluator, self.book, self.folder = evaluator, book, folder
         self._done = {signature(r) for r in book.records}
+        self._digest = hashlib.sha256(evaluator.images.x.cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def clean(self, threat: ThreatModel, loss: str) -> None:
         """The clean record of one loss."""
@@ -47,14 +51,16 @@ class Session:
 
     def attacked(self, attack: Attack, threat: ThreatModel) -> None:
         """The record of one attack at one budget."""
+        started = time.perf_counter()  # the search of the knapsack's flips counts where it is first needed
         own = attack.threat_of(threat)
         options = settings(attack)
         loss = str(options.pop("loss", ZERO_ONE))
         if not self._missing(attack.name, options, loss, own):
             return
         if isinstance(attack, Knapsack) and attack.flips is None:
-            attack.flips = self._flips(attack, threat.norm)
-        self._add(self.evaluator.attacked(attack, threat))
+            attack = replace(attack, flips=self._flips(attack, threat.norm))  # not kept: the next norm has others
+        record = self.evaluator.attacked(attack, threat)
+        self._add(replace(record, seconds=time.perf_counter() - started))
 
     def certified(self, radii: Tensor, source: str, threat: ThreatModel) -> None:
         """The lower bound from certified radii (N,), 0 where an image is misclassified."""
@@ -83,7 +89,8 @@ class Session:
     def _flips(self, attack: Knapsack, norm: str) -> Flips:
         """Nearest flips, from the folder where an interrupted evaluation left them, else searched and kept."""
         file = self.folder / f"flips_{norm}.pt"
-        about = {"search": str(attack.search), "facts": str(self.evaluator.facts), "n": self.evaluator.size}
+        about: dict[str, Any] = {"search": str(attack.search), "facts": str(self.evaluator.facts)}
+        about |= {"split": self.evaluator.split, "n": self.evaluator.size, "images": self._digest}
         if file.exists():
             state = torch.load(file, map_location=self.evaluator.images.x.device, weights_only=True)
             if state["about"] == about:
@@ -109,10 +116,11 @@ def read_radii(path: Path, n: int) -> Tensor:
         SettingError: If the file can't be read, or doesn't hold n numbers that aren't negative.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        values = loaded if isinstance(loaded, np.ndarray) else loaded["radii"]
+        with path.open("rb") as file:  # numpy leaves the file open where it isn't one of its own
+            loaded = np.load(file, allow_pickle=False)
+            values = loaded if isinstance(loaded, np.ndarray) else loaded["radii"]
         radii = torch.from_numpy(np.asarray(values, dtype=np.float64))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
         raise SettingError(f"certified={path} can't be read ({error}); give a .npy, or a .npz with `radii`") from error
     if radii.shape != (n,) or bool((radii < 0).any()) or bool(radii.isnan().any()):
         raise SettingError(
