@@ -62,7 +62,8 @@ def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after",
         name = f"clean ({loss})" if attack == "none" else f"{attack} {loss}, W_{p:g}"
         if shown[key[:-1]] > 1:
             name += f" ({options})"
-        budget = "–" if attack == "none" else f"{norm} {255 * delta:.3g}/255"
+        size = f"{255 * delta:.3g}/255" if norm == "linf" else f"{delta:.3g}"
+        budget = norm if attack == "none" else f"{norm} {size}"
         some = next(iter(next(iter(group.values())).values()))
         seeds = sorted(set.union(*(set(g) for g in group.values())))
         cells = [_spread([100 * r.accuracy for r in group[s].values()]) for s in columns]
