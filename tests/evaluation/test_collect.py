@@ -82,7 +82,7 @@ def test_what_makes_a_row(change):
 
 def test_names_of_clean_and_pointwise_rows():
     rows = cells(table([replace(BASE, attack="none", delta=0.0), replace(BASE, attack="pgd", p=math.inf)]))[1]
-    assert [row[2:4] for row in rows] == [["clean (ce)", "–"], ["pgd ce, W_inf", "linf 8/255"]]
+    assert [row[2:4] for row in rows] == [["clean (ce)", "linf"], ["pgd ce, W_inf", "linf 8/255"]]
 
 
 def test_the_latest_of_equal_records_counts():
