@@ -5,14 +5,11 @@ Most runs are made in this process, as `python train.py` would make them but for
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
-import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -20,10 +17,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from matplotlib import image
 from omegaconf import OmegaConf
+from script_runner import run_script
 
 import wdat
 from wdat import models
@@ -45,29 +41,7 @@ QUICK = [
 ]  # fmt: skip
 
 
-def train(*arguments):
-    """`python train.py *arguments` in this process: its status, output and error output."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    root = logging.getLogger()
-    handlers, level, status = root.handlers[:], root.level, 0
-    loud = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
-    sys.argv = [str(SCRIPT), *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as left:
-        status = left.code
-    finally:
-        sys.argv = argv
-        GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None
-        for handler in set(root.handlers) - set(handlers):
-            handler.close()
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for name, old in loud.items():
-            logging.getLogger(name).setLevel(old)
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+train = partial(run_script, SCRIPT)
 
 
 @pytest.fixture(autouse=True)

@@ -318,3 +318,14 @@ def test_they_do_not_evaluate(name, p):
     network, x, y = linear()
     with pytest.raises(SettingError, match=rf"{name}.*knapsack"):
         attack(network, x, y, ThreatModel(p, "linf", 0.1), name)
+
+
+@pytest.mark.parametrize("name", ["knapsack_budget", "critical"])
+def test_a_cap_is_refused_not_ignored(name):
+    with pytest.raises(SettingError, match=r"attack\.radius_max=4"):
+        build(name, radius_max=4.0)
+
+
+def test_critical_has_no_kappa():
+    with pytest.raises(SettingError, match=r"attack\.kappa=2"):
+        build("critical", kappa=2.0)

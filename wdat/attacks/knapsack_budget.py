@@ -40,6 +40,8 @@ class KnapsackBudget(WPGDBudget):
         super().__post_init__()
         if self.radii_loss != "margin":
             raise SettingError(f"attack.radii_loss={self.radii_loss}: {self.name} measures distances, set it to margin")
+        if self.radius_max is not None:
+            raise SettingError(f"attack.radius_max={self.radius_max:g}: {self.name} has no cap, leave it out")
         if not self.kappa > 0:
             raise SettingError(f"attack.kappa={self.kappa} must be positive; 1.2 is usual")
 
@@ -76,6 +78,11 @@ class Critical(KnapsackBudget):
     """Uniform radii at the critical distance d* instead of δ: the optimal attacker reaches that far."""
 
     name: ClassVar[str] = "critical"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kappa != KnapsackBudget.kappa:
+            raise SettingError(f"attack.kappa={self.kappa} belongs to knapsack_budget; critical gives every image d*")
 
     def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> Tensor:
         return torch.full_like(norms, self._critical(sensitivity, threat))
