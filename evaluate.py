@@ -30,7 +30,7 @@ from wdat.evaluation.report import write_report
 from wdat.evaluation.run import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
 from wdat.records import Facts, RecordBook
-from wdat.resume import resumed_arguments
+from wdat.resume import check_folder, resumed_arguments
 from wdat.threat import parse_budget
 
 
@@ -134,4 +134,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     with readable_errors():
         sys.argv[1:] = resumed_arguments(sys.argv[1:], checkpoint=None)
+        check_folder(sys.argv[1:])
     main()

@@ -33,7 +33,7 @@ from wdat.evaluation.plots import accuracy_against_budget
 from wdat.module import WDATModule
 from wdat.objectives import Objective
 from wdat.records import Facts, RecordBook
-from wdat.resume import resumed_arguments
+from wdat.resume import check_folder, resumed_arguments
 from wdat.schedules import Cosine
 from wdat.sensitivity import Batch
 
@@ -176,4 +176,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     with readable_errors():
         sys.argv[1:] = resumed_arguments(sys.argv[1:])
+        check_folder(sys.argv[1:])
     main()

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from wdat.errors import SettingError
-from wdat.resume import resumed_arguments
+from wdat.resume import check_folder, resumed_arguments
 
 
 @pytest.fixture
@@ -90,3 +90,16 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_a_run_that_stopped_too_early(run_in):
     with pytest.raises(SettingError, match=r"resume=.*last\.ckpt.*first epoch"):
         resumed_arguments([f"resume={run_in(checkpoint=False)}"])
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingError, match=r"hydra\.run\.dir=.*file/run can't be written"):
+        check_folder([f"hydra.run.dir={tmp_path / 'file' / 'run'}"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["hydra.run.dir=outputs/${now:%H}"], ["hydra.run.dir='new run'"]])
+def test_other_folders_pass(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    check_folder(arguments)
+    assert [f.name for f in tmp_path.iterdir()] == (["new run"] if arguments and "new" in arguments[0] else [])

@@ -1,7 +1,8 @@
-"""Going on with a stopped run, in its own folder and with its own configuration."""
+"""The folder of a run: one that can be written, and going on with a stopped run in its own."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,28 @@ def resumed_arguments(arguments: Sequence[str], checkpoint: str | None = "checkp
     new = [a for a in arguments if not a.startswith(KEY)]
     quoted = "'" + str(run).replace("'", r"\'") + "'"  # in Hydra's grammar commas, brackets and braces have meanings
     return [*old, *new, f"hydra.run.dir={quoted}", f"{KEY}{quoted}"]
+
+
+def check_folder(arguments: Sequence[str]) -> None:
+    """Refuse a folder that can't be written, before any work.
+
+    Args:
+        arguments: Overrides; `hydra.run.dir=FOLDER` is looked at, unless Hydra has yet to fill in a part of it.
+
+    Raises:
+        SettingError: If the folder can't be made or written.
+    """
+    asked = [a for a in arguments if a.startswith("hydra.run.dir=")]
+    folder = _unquoted(asked[-1].partition("=")[2]) if asked else ""
+    if not folder or "${" in folder:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SettingError(f"hydra.run.dir={folder} can't be written ({reason}): name another folder") from error
 
 
 def _unquoted(text: str) -> str:
