@@ -39,6 +39,8 @@ from wdat.sensitivity import Batch
 
 MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
 
+PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
+
 
 def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     """Run one training from its composed configuration.
@@ -70,6 +72,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data)
     trained = models.prepare(network, **cfg.finetune, seed=cfg.seed, image_shape=data.image_shape)
+    models.accelerate(network, cfg.channels_last, cfg.compile)
     describe(cfg.model.name, network, trained, data.splits)
     if not objective.uses_attack:
         say(f"this objective has no distributional term (beta_w = 0), so attack={cfg.attack.name} is not used")
@@ -87,6 +90,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RobustEvaluation))  # type: ignore[attr-defined]
     progress = next((c.report for c in trainer.callbacks if isinstance(c, WorkProgress)), None)  # type: ignore[attr-defined]
     evaluation.describe(book, facts, progress)
+    module.report = progress or module.report
 
     def measure(stage: str) -> None:
         evaluation.stage = stage
@@ -122,6 +126,11 @@ def check(cfg: DictConfig) -> None:
     epochs = cfg.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 0:
         raise SettingError(f"trainer.max_epochs={epochs} must be a whole number from 0: schedules scale to it")
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise SettingError(
+            f"trainer.precision={cfg.trainer.precision}: choose 32-true, or bf16-mixed, with which training and its "
+            "attacks run faster and evaluation stays in float32 (float16 loses input gradients)"
+        )
     if cfg.monitor not in MONITORS:
         raise unknown("metric", cfg.monitor, MONITORS, "monitor")
 

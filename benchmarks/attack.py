@@ -10,21 +10,17 @@ depend on them.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import CONSOLE, add_common, seconds, spread, write
 from wdat import ThreatModel, attack
 from wdat.guard import undisturbed
 from wdat.losses import cross_entropy
 from wdat.models import load_network
-from wdat.records import installed_versions, source_commit
 
 
 def plain(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, batch_size: int) -> None:
@@ -39,17 +35,6 @@ def plain(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int
                 network(x[i : i + batch_size])
 
 
-def seconds(work: object) -> float:
-    """Wall-clock time of a call, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()  # type: ignore[operator]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,11 +43,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--output", type=Path, default=Path("results/attack.json"))
+    add_common(parser, "attack")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(options.network).to(device)
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     x, y = torch.rand(options.images, 3, 32, 32, device=device), torch.randint(10, (options.images,), device=device)
     work = options.images * options.steps
     rows, table = [], Table("norm", "plain, images × steps / s", "W-PGD", "ratio (median)", "min", "max")
@@ -81,20 +66,13 @@ def main() -> None:
             "norm": norm,
             "plain": work / statistics.median(loop for loop, _ in pairs),
             "wpgd": work / statistics.median(ours for _, ours in pairs),
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+            "ratio": spread(ratios),
         }
         rows.append(row)
         rates = [f"{row[k]:,.0f}" for k in ("plain", "wpgd")]
-        table.add_row(norm, *rates, *(f"{row[k]:.3f}" for k in ("ratio", "ratio_min", "ratio_max")))
-    Console().print(table)
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    about = {"benchmark": "attack", "device": str(device), "threads": torch.get_num_threads()}
-    record = {**about, "settings": settings, "rows": rows, "commit": source_commit(), "versions": installed_versions()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    Console().print(f"record {options.output}")
+        table.add_row(norm, *rates, *(f"{v:.3f}" for v in spread(ratios).values()))
+    CONSOLE.print(table)
+    write("attack", options, device, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from wdat.module import WDATModule
 from wdat.objectives import Objective
 from wdat.schedules import Constant
 from wdat.seeding import generator
-from wdat.sensitivity import Batch, Ema, Exact, Subsample
+from wdat.sensitivity import Batch, Ema, Exact, Subsample, Table
 from wdat.threat import ThreatModel
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -35,7 +35,7 @@ EVERYONE = ThreatModel(math.inf, "linf", DELTA)
 SHARED = ThreatModel(2, "linf", DELTA)
 ATTACKS = ["wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm"]
 OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "clean"]
-ESTIMATORS = ["subsample", "exact", "batch", "ema"]
+ESTIMATORS = ["table", "subsample", "exact", "batch", "ema"]
 
 
 def digits(kind=ImageDataModule, **options):
@@ -285,7 +285,7 @@ def test_noise_is_that_of_the_seed_and_the_step(data, precision):
     fit(module_for(small_cnn(), attack=spy), data, 3, precision=precision)
     context, x, _ = spy.seen
     wanted = 0.001 * torch.randn(x.shape, generator=generator(SEED, "noise", 2))
-    torch.testing.assert_close(context.noise.float(), wanted)
+    torch.testing.assert_close(context.noise().float(), wanted)
     assert context.training
 
 
@@ -503,7 +503,7 @@ def test_exact_is_the_sensitivity_of_the_present_network(data):
     loss = F.cross_entropy(module.network.eval()(x), images.labels, reduction="sum")
     norms = torch.autograd.grad(loss, x)[0].flatten(1).abs().sum(1).double()
     assert module.sensitivity.upsilon() == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-5)
-    torch.testing.assert_close(module.sensitivity.values().double(), norms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(module.sensitivity.sample().values.double(), norms, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("attack", ["pgd", "fgsm"])
@@ -534,7 +534,13 @@ def test_data_that_cannot_be_measured_are_refused(data):
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
-KINDS = {"batch": Batch, "ema": Ema, "exact": partial(Exact, every=2), "subsample": partial(Subsample, 20, 2)}
+KINDS = {
+    "table": Table,
+    "batch": Batch,
+    "ema": Ema,
+    "exact": partial(Exact, every=2),
+    "subsample": partial(Subsample, 20, 2),
+}
 
 
 def saved(tmp_path, **options):
@@ -564,7 +570,7 @@ def test_the_state_of_another_estimator_is_left_out(data, tmp_path):
     module.on_save_checkpoint(checkpoint)
     other = module_for(small_cnn(), sensitivity=Batch())
     other.on_load_checkpoint(checkpoint)
-    assert other.sensitivity.values() is None
+    assert other.sensitivity.sample() is None
     other.on_load_checkpoint({})  # a checkpoint without any
 
 

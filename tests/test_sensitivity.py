@@ -31,7 +31,7 @@ def test_the_set_is_the_images_at_hand():
     assert sensitivity.upsilon() == pytest.approx(_upsilon(NORMS, 3))
     sensitivity.observe(None, NORMS[:5])
     assert sensitivity.upsilon() == pytest.approx(_upsilon(NORMS[:5], 3))
-    assert_close(sensitivity.values(), NORMS[:5])
+    assert_close(sensitivity.sample().values, NORMS[:5])
 
 
 @pytest.mark.parametrize("make", [Sensitivity, Batch, Ema, Exact, Subsample])
@@ -48,7 +48,7 @@ def test_the_set_spans_all_processes(make, together):
         sensitivity = make()
         sensitivity.q, sensitivity.processes = 2.0, processes
         sensitivity.observe(None, parts[processes.rank])
-        return sensitivity.upsilon(), sensitivity.values()
+        return sensitivity.upsilon(), sensitivity.sample().values
 
     for upsilon, values in together(3, one):
         assert upsilon == pytest.approx(_upsilon(NORMS, 2))
@@ -120,7 +120,7 @@ def test_ema_follows_its_recursion_in_the_power():
         fresh = float((part**3).mean())
         power = fresh if power is None else 0.75 * power + 0.25 * fresh
         assert ema.upsilon() == pytest.approx(power ** (1 / 3))
-    assert ema.values() is None
+    assert ema.sample() is None
 
 
 def test_ema_of_large_norms_at_an_order_near_one_does_not_overflow():
@@ -180,6 +180,6 @@ def test_gradients_do_not_stay_attached():
     norms = NORMS.clone().requires_grad_(True)
     for estimator in (Sensitivity(), _begun(Batch())):
         estimator.observe(None, norms)
-        assert not estimator.values().requires_grad
+        assert not estimator.sample().values.requires_grad
         assert isinstance(estimator.upsilon(), float)
     assert power_mean(norms, 2.0) == pytest.approx(_upsilon(NORMS, 2))

@@ -165,8 +165,8 @@ def test_the_log_has_the_metrics_of_the_contract(finished):
 
 
 def test_the_checkpoint_knows_the_sensitivity(finished):
-    assert finished.saved["sensitivity"]["name"] == "subsample"
-    assert len(finished.saved["sensitivity"]["values"]) > 0
+    assert finished.saved["sensitivity"]["name"] == "table"
+    assert len(finished.saved["sensitivity"]["stored"]) > 0
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ BAD = {
     "data.num_classes=7": ["data.num_classes", "10"],
     "objective.beta_w=-1": ["objective.beta_w", "negative"],
     "sensitivity.every=0": ["sensitivity.every", "at least 1"],
-    "sensitivity.size=0": ["sensitivity.size", "at least 1"],
+    "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
     "finetune.trainable=heads": ["finetune.trainable", "head"],
     "resume=nowhere": ["resume=nowhere", "not the folder of a run"],
     "seed=-1": ["seed"],
@@ -430,7 +430,7 @@ def test_a_network_of_the_zoo_trains(tmp_path):
     place = tmp_path / "zoo" / "cifar10" / "Linf" / f"{name}.pt"
     place.parent.mkdir(parents=True)
     torch.save(network.state_dict(), place)
-    few = ["data.limit_train=8", "data.limit_val=5", "data.limit_test=5", "data.batch_size=4", "sensitivity.size=4"]
+    few = ["data.limit_train=8", "data.limit_val=5", "data.limit_test=5", "data.batch_size=4"]
     short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pointwise", "distributional")]
     result = train(
         "model=robustbench", f"model.name={name}", "model.root=zoo", "data=digits", "trainer.max_epochs=1",

@@ -41,17 +41,29 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
     for start in range(0, max(len(x), 1), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
-        logits = network(images)
-        values = loss(logits, target[rows])
-        (gradient,) = torch.autograd.grad(values.sum(), images)
-        finite = gradient.flatten(1).sum(1).isfinite()  # one pass; a finite gradient's sum overflows at most rarely
-        if not bool(finite.all()):
-            finite = gradient.flatten(1).isfinite().all(1)
-            gradient[~finite] = 0.0
-        parts.append(Gradients(gradient, values.detach(), logits.detach(), finite))
+        parts.append(gradients_of(images, network(images), target[rows], loss))
     if len(parts) == 1:
         return parts[0]
     return Gradients(*(torch.cat([getattr(p, f) for p in parts]) for f in Gradients.__dataclass_fields__))
+
+
+def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, retain_graph: bool = False) -> Gradients:
+    """The gradients of a forward pass that was already made.
+
+    Args:
+        images: (N, ...), with `requires_grad`.
+        logits: (N, K), what the network made of them, with its graph.
+        target: The loss's target, one row an image.
+        loss: Per-sample loss.
+        retain_graph: Whether the graph is needed once more.
+    """
+    values = loss(logits, target)
+    (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=retain_graph)
+    finite = gradient.flatten(1).sum(1).isfinite()  # one pass; a finite gradient's sum overflows at most rarely
+    if not bool(finite.all()):
+        finite = gradient.flatten(1).isfinite().all(1)
+        gradient[~finite] = 0.0
+    return Gradients(gradient, values.detach(), logits.detach(), finite)
 
 
 def forward(network: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:

@@ -36,10 +36,14 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
+            for module, name, buffer, _ in buffers:
                 setattr(module, name, buffer)
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
+            # Only what has changed is written, because a graph may hold the others; one look at the device for all.
+            changed = [(buffer != saved).any() for _, _, buffer, saved in buffers]
+            if changed and bool(torch.stack(changed).any()):
+                for (_, _, buffer, saved), differs in zip(buffers, changed, strict=True):
+                    if differs:
+                        buffer.copy_(saved)
 
 
 def ordinary(*tensors: Tensor) -> tuple[Tensor, ...]:

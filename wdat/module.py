@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import lightning as L  # noqa: N812 (the customary name)
@@ -73,6 +75,7 @@ class WDATModule(L.LightningModule):
         self.accuracy = nn.ModuleDict({"val": CountAccuracy(), "test": CountAccuracy()})
         self.last_attack: AttackResult | None = None
         self._modes_agree: bool | None = None
+        self.report: Callable[[str, int, int], None] = lambda label, done, total: None  # of work inside a step
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
@@ -92,7 +95,8 @@ class WDATModule(L.LightningModule):
         self._modes_agree = None
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         n_train = getattr(data, "n_train", 0)
-        self.sensitivity.begin(n_train, self.attack.threat_of(self.threat).q, self.seed, current(self.device))
+        own, distances = self.attack.threat_of(self.threat), self.attack.by_distance
+        self.sensitivity.begin(n_train, own.p if distances else own.q, self.seed, current(self.device), distances)
 
     def on_train_epoch_start(self) -> None:
         """Networks are loaded in eval mode; training needs train mode."""
@@ -104,26 +108,16 @@ class WDATModule(L.LightningModule):
         objective, network = self.objective, self.network
         if objective.uses_attack:
             self._measure(batch.step)
-        noise = generator(self.seed, "noise", batch.step)
-        start = torch.randn((batch.size, *x.shape[1:]), generator=noise, dtype=torch.float32)[batch.place.cpu()]
-        start = (START_NOISE * start).to(x)
-
-        needs_logits = objective.clean or objective.divergence
-        if self._modes_agree is None:
-            self._modes_agree = modes_agree(network, x)
-        logits = network(x) if needs_logits and self._modes_agree else None
-        log_clean = None if logits is None else log_probabilities(logits.detach())
-        processes = current(self.device)
+        logits, context = self._clean_pass(batch)
         x_p = x_w = None
         if objective.beta_p > 0 and objective.pointwise_attack is not None:
             threat = self.threat.pointwise(objective.pointwise_budget)
-            context = Context(processes, noise=start, log_clean=log_clean, training=True)
             x_p = objective.pointwise_attack(network, x, y, threat, context).x_adv
         if objective.uses_attack:
-            context = Context(processes, self.sensitivity, batch.index, start, log_clean, training=True)
+            context = replace(context, sensitivity=self.sensitivity, index=batch.index)
             self.last_attack = self.attack(network, x, y, self.threat, context)
             x_w = self.last_attack.x_adv
-        if needs_logits and logits is None:
+        if objective.needs_logits and logits is None:
             logits = network(x)
         terms = objective(network, logits, y, x_p, x_w)
         for key in ("loss", "loss_clean", "loss_pointwise", "loss_distributional"):
@@ -132,13 +126,48 @@ class WDATModule(L.LightningModule):
                 self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
         return terms.loss
 
+    def _clean_pass(self, batch: Batch) -> tuple[Tensor | None, Context]:
+        """The clean logits where the attacks can use them too, and what the attacks need to know.
+
+        One forward pass serves the loss, the target of the attacks and the gradient that sets the radii, where train
+        and eval mode agree; a compiled network frees its buffers in the first backward pass and can't share the last.
+        """
+        network, objective = self.network, self.objective
+        context = Context(current(self.device), noise=partial(start_noise, self.seed, batch), training=True)
+        if self._modes_agree is None:
+            self._modes_agree = modes_agree(network, batch.x)
+        if not (objective.needs_logits and self._modes_agree):
+            return None, context
+        shared = objective.uses_attack and not self._uniform and not is_compiled(network)
+        x = batch.x.detach().requires_grad_(True) if shared else batch.x
+        logits = network(x)
+        clean_pass = (x, logits) if shared else None
+        return logits, replace(context, log_clean=log_probabilities(logits.detach()), clean_pass=clean_pass)
+
+    @property
+    def _uniform(self) -> bool:
+        """Whether every radius is δ, whatever Υ is."""
+        return self.attack.threat_of(self.threat).is_pointwise and not self.attack.by_distance
+
     def _measure(self, step: int) -> None:
         """Measure the dual norms that the estimator wants before this step, on all processes together."""
-        # At p = inf every radius is δ, whatever Υ is.
-        uniform = self.attack.threat_of(self.threat).is_pointwise and not self.attack.by_distance
-        wanted = None if uniform else self.sensitivity.wanted(step)
-        if wanted is None:
-            return
+        wanted = None if self._uniform else self.sensitivity.wanted(step)
+        if wanted is not None:
+            self.sensitivity.measured(wanted, self.norms(wanted, step))
+
+    def norms(self, index: Tensor, step: int) -> Tensor:
+        """What the attack's allocation wants to know of training images, in passes shared by all processes.
+
+        Args:
+            index: (M,), rows of the training set, the same on all processes.
+            step: Fixes the augmentation.
+
+        Returns:
+            (M,), on all processes.
+
+        Raises:
+            SettingError: If the data module gives no training images.
+        """
         data: TrainingImages = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "train_batches"):
             raise SettingError(
@@ -146,15 +175,20 @@ class WDATModule(L.LightningModule):
                 "(train_batches); use sensitivity=batch or ema, or wdat.data.ImageDataModule"
             )
         processes = current(self.device)
-        index, norms = [], []
+        place, norms, done = [], [], 0
         with undisturbed(self.network):
-            for batch in data.train_batches(wanted, step, processes.rank, processes.world):
+            for batch in data.train_batches(index, step, processes.rank, processes.world):
                 part = self.transfer_batch_to_device(batch, self.device, 0)
-                index.append(part.index)
+                place.append(part.place)
                 norms.append(self.attack.norms(self.network, part.x, part.y, self.threat))
+                done += len(part.place) * processes.world
+                self.report("gradient norms of the training images", min(done, len(index)), len(index))
         mine = torch.cat(norms) if norms else torch.empty(0, device=self.device)
-        rows = torch.cat(index) if index else torch.empty(0, dtype=torch.int64, device=self.device)
-        self.sensitivity.measured(processes.gather(rows), processes.gather(mine))
+        places = torch.cat(place) if place else torch.empty(0, dtype=torch.int64, device=self.device)
+        gathered = processes.gather(mine)
+        ordered = torch.empty_like(gathered)
+        ordered[processes.gather(places)] = gathered
+        return ordered
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy; robust accuracy is the callback's."""
@@ -166,7 +200,8 @@ class WDATModule(L.LightningModule):
 
     def _count(self, split: str, batch: Batch) -> None:
         metric: CountAccuracy = self.accuracy[split]  # type: ignore[assignment]
-        metric.update(self.network(batch.x), batch.y)
+        with torch.autocast(self.device.type, enabled=False):  # evaluation is always in float32
+            metric.update(self.network(batch.x), batch.y)
         self.log(f"{split}/acc_clean", metric, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -190,6 +225,19 @@ class WDATModule(L.LightningModule):
         state = dict(checkpoint.get("sensitivity", {}))
         if state.pop("name", None) == self.sensitivity.name:
             self.sensitivity.load_state_dict(state)
+
+
+def start_noise(seed: int, batch: Batch) -> Tensor:
+    """The random start (B, C, H, W) of uniform radii: a function of the seed, the step and the place [T]."""
+    draws = torch.randn(
+        (batch.size, *batch.x.shape[1:]), generator=generator(seed, "noise", batch.step), dtype=torch.float32
+    )
+    return (START_NOISE * draws[batch.place.cpu()]).to(batch.x)
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `network.compile()` was called."""
+    return getattr(network, "_compiled_call_impl", None) is not None
 
 
 def modes_agree(network: nn.Module, x: Tensor) -> bool:

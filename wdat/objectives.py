@@ -77,6 +77,11 @@ class Objective:
         """Whether the distributional attack (`attack=…`) takes part."""
         return self.beta_w > 0
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a term is made of the clean logits."""
+        return self.clean or self.divergence
+
     def __call__(
         self, network: nn.Module, logits: Tensor | None, y: Tensor, x_p: Tensor | None, x_w: Tensor | None
     ) -> Terms:
@@ -95,7 +100,7 @@ class Objective:
         missing = [
             n
             for n, v, wanted in (
-                ("logits", logits, self.clean or self.divergence),
+                ("logits", logits, self.needs_logits),
                 ("x_p", x_p, self.beta_p > 0),
                 ("x_w", x_w, self.beta_w > 0),
             )

@@ -120,7 +120,7 @@ def shrink(offset: Tensor, radii: Tensor, lengths: Tensor, norm: str) -> None:
         offset.mul_(per_image(factor, offset))
 
 
-def power_mean(values: Tensor, order: float, processes: Processes = ALONE) -> float:
+def power_mean(values: Tensor, order: float, processes: Processes = ALONE, counts: Tensor | None = None) -> float:
     """(mean of values^order)^(1/order) over all processes; the maximum at order inf; 0 for an empty set.
 
     Values are scaled by their maximum, so that neither tiny distances nor high orders under- or overflow.
@@ -129,12 +129,17 @@ def power_mean(values: Tensor, order: float, processes: Processes = ALONE) -> fl
         values: (N,), not negative; this process's part of the set.
         order: In (0, inf].
         processes: Reduces over the processes that share the set.
+        counts: (N,), how often each value stands in the set; None for once.
     """
     values = values.detach().double()
     largest = processes.max(values.max().item() if values.numel() else 0.0)
     if math.isinf(order) or largest == 0 or not math.isfinite(largest):
         return largest
-    total, count = processes.sum([float(((values / largest) ** order).sum()), float(values.numel())])
+    powers = (values / largest) ** order
+    if counts is None:
+        total, count = processes.sum([float(powers.sum()), float(values.numel())])
+    else:
+        total, count = processes.sum([float((counts * powers).sum()), float(counts.sum())])
     return float(largest * (total / count) ** (1 / order))
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from wdat.attacks import allocate, capped_radii, granted_share, sensitivity_radii
 from wdat.errors import SettingError
 from wdat.processes import ALONE
-from wdat.sensitivity import Batch, Ema, Sensitivity
+from wdat.sensitivity import Batch, Ema, Sample, Sensitivity
 from wdat.threat import ThreatModel, power_mean
 
 positive = st.floats(1e-3, 1e3)
@@ -79,7 +79,7 @@ def test_capped_radii_spend_the_budget_within_the_cap(n, p, cap, delta):
 def test_capped_radii_are_those_of_the_root(n, p, cap):
     threat = ThreatModel(p, "linf", 0.1)
     affordable = cap * float((n > 0).double().mean()) ** (1 / p)
-    found = capped_radii(n, n, threat, cap * 0.1)
+    found = capped_radii(n, Sample(n), threat, cap * 0.1)
     if affordable < 1 - 1e-6:  # the whole budget can't be spent
         assert_close(found, torch.where(n > 0, cap * 0.1, 0.0).double())
         return

@@ -157,7 +157,7 @@ def test_attacks_work_where_gradients_are_off(problem, name, mode):
 def test_noise_and_clean_predictions_made_in_inference_mode_serve(problem):
     network, x, y = problem()
     with torch.inference_mode():
-        context = Context(training=True, noise=torch.full_like(x, 1e-3), log_clean=network(x).log_softmax(1))
+        context = Context(training=True, noise=lambda: torch.full_like(x, 1e-3), log_clean=network(x).log_softmax(1))
         result = _attack("pgd", loss="kl")(network, x * 1, y * 1, THREAT, context)
     assert float(result.distances.max()) > 0.01
 

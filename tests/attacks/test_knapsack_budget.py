@@ -111,7 +111,7 @@ def test_the_critical_image_itself_is_paid_for(norm, p):
     context = Context(sensitivity=estimator, index=torch.arange(len(x)), training=True)
     delta = 0.7 * float(first_order(network.double(), x.double(), y, norm).median())
     result = build("knapsack_budget", loss="kl", steps=2)(network.float(), x, y, ThreatModel(p, norm, delta), context)
-    reach = solve(estimator.values(), ThreatModel(p, norm, delta)).critical
+    reach = solve(estimator.sample().values, ThreatModel(p, norm, delta)).critical
     assert float(result.norms[result.radii > 0].max()) == reach
 
 
@@ -210,8 +210,8 @@ def fit(network, inner, sensitivity, objective=None, threat=None, steps=3, seen=
     class See(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if seen is not None:
-                values = module.sensitivity.values()
-                seen.append((module.last_attack, None if values is None else values.clone()))
+                sample = module.sensitivity.sample()
+                seen.append((module.last_attack, None if sample is None else sample.values.clone()))
 
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[See()],
@@ -242,7 +242,7 @@ def network():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_costs_what_a_trades_step_costs(network, name):
+def test_a_step_costs_less_than_a_trades_step(network, name):
     inner = {"loss": "kl", "steps": 4, "step_size": 0.5}
     trades = Counting(copy.deepcopy(network))
     fit(trades, build("wpgd_budget", **inner), Batch(), Objective(beta_p=6, pointwise_attack=build("pgd", **inner)))
@@ -250,7 +250,7 @@ def test_a_step_costs_what_a_trades_step_costs(network, name):
     fit(ours, build(name, **inner), Batch())
     assert len(trades.inputs) == 3 * 4
     assert set(trades.inputs) == {16}
-    assert ours.rows == trades.rows
+    assert len(ours.rows) == len(trades.rows) - 3  # one pass serves the clean loss and the first gradient
     assert len(ours.inputs) == len(trades.inputs)
     assert all(mine <= theirs for mine, theirs in zip(ours.inputs, trades.inputs, strict=True))
     if name == "critical":

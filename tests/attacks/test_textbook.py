@@ -108,7 +108,7 @@ def test_uniform_radii_with_noise_are_trades_own_attack(problem, given):
 
     log_clean = network(x).log_softmax(1).detach() if given else None
     network.train()
-    context = Context(training=True, noise=noise, log_clean=log_clean)
+    context = Context(training=True, noise=lambda: noise, log_clean=log_clean)
     attack = build("pgd", loss="kl", steps=10, step_size=0.007 / 0.031)
     result = attack(network, x, y, ThreatModel(math.inf, "linf", 0.031), context)
     assert_close(result.x_adv, z, rtol=0, atol=1e-6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wdat.errors import SettingError
-from wdat.sensitivity import Sensitivity
+from wdat.sensitivity import Sample, Sensitivity
 from wdat.threat import ThreatModel
 
 
@@ -34,7 +34,7 @@ def sensitivity_radii(norms: Tensor, upsilon: float, q: float, delta: float) -> 
     return delta * (norms / upsilon) ** (q - 1)
 
 
-def capped_radii(norms: Tensor, values: Tensor, threat: ThreatModel, radius_max: float) -> Tensor:
+def capped_radii(norms: Tensor, sample: Sample, threat: ThreatModel, radius_max: float) -> Tensor:
     """δ_i = min(c n_i^(q−1), r_max), with c such that the W_p length over the set is δ again **(ours)**.
 
     With u_i = n_i^q and C = c^p the condition is mean min(C u_i, r_max^p) = δ^p. The left side is piecewise linear and
@@ -44,7 +44,7 @@ def capped_radii(norms: Tensor, values: Tensor, threat: ThreatModel, radius_max:
 
     Args:
         norms: Dual norms of the images at hand, (N,).
-        values: Dual norms of the whole set, (M,), on which c is solved.
+        sample: Dual norms of the whole set, on which c is solved.
         threat: Threat with 1 < p < inf.
         radius_max: r_max, at least δ, in pixel units.
 
@@ -52,15 +52,16 @@ def capped_radii(norms: Tensor, values: Tensor, threat: ThreatModel, radius_max:
         Radii (N,), in the dtype of `norms`.
     """
     q, p = threat.q, threat.p
-    n = values.detach().double().sort(descending=True).values
+    n, order = sample.values.detach().double().sort(descending=True)
     largest = float(n[0]) if n.numel() else 0.0
     if largest == 0 or threat.delta == 0:
         return torch.zeros_like(norms)
     u = (n / largest) ** q
     bound = (radius_max / threat.delta) ** p  # r_max^p in units of δ^p
-    tail = u.flip(0).cumsum(0).flip(0)  # Σ_{i ≥ k} u_i
-    k = torch.arange(u.numel(), device=u.device, dtype=u.dtype)
-    left = u.numel() - k * bound  # budget left for the others, in units of δ^p
+    weights = torch.ones_like(u) if sample.counts is None else sample.counts[order]
+    tail = (weights * u).flip(0).cumsum(0).flip(0)  # Σ_{i ≥ k} u_i
+    k = weights.cumsum(0) - weights
+    left = weights.sum() - k * bound  # budget left for the others, in units of δ^p
     uncapped = (tail > 0) & (left > 0) & (left * u <= bound * tail * (1 + 1e-12))
     if not bool(uncapped.any()):
         return torch.where(norms > 0, torch.full_like(norms, radius_max), 0.0)
@@ -94,10 +95,10 @@ def allocate(norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, radiu
             f"attack.radius_max={radius_max:g} is in units of the budget and must be at least 1, or null"
         )
     bound = radius_max * threat.delta
-    values = sensitivity.values()
-    if values is None:  # nothing to solve on: what the cap cuts is lost
+    sample = sensitivity.sample()
+    if sample is None:  # nothing to solve on: what the cap cuts is lost
         return sensitivity_radii(norms, sensitivity.upsilon(), threat.q, threat.delta).clamp_max(bound)
-    return capped_radii(norms, values, threat, bound)
+    return capped_radii(norms, sample, threat, bound)
 
 
 def granted_share(norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> float:

@@ -28,8 +28,10 @@ class Context:
         processes: The processes that share the set's budget.
         sensitivity: Υ of the training set; None where the images at hand are the whole set.
         index: (N,), rows of the images in the training set; wanted by estimators that keep one value an image.
-        noise: (N, ...), start offset of uniform radii, as TRADES has it; None starts at the images.
+        noise: Draws (N, ...), the start offset of uniform radii, as TRADES has it; None starts at the images.
         log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
+        clean_pass: The images with `requires_grad` and the logits in eval mode that the network made of them, where
+            the caller has a graph from which the gradient at the clean images can be taken; it is retained.
         training: Return the last iterate without looking back: no verdict, no best iterate.
         progress: Called after each step with the number of steps done and of all steps.
     """
@@ -37,8 +39,9 @@ class Context:
     processes: Processes = ALONE
     sensitivity: Sensitivity | None = None
     index: Tensor | None = None
-    noise: Tensor | None = None
+    noise: Callable[[], Tensor] | None = None
     log_clean: Tensor | None = None
+    clean_pass: tuple[Tensor, Tensor] | None = None
     training: bool = False
     progress: Callable[[int, int], None] | None = None
 

@@ -60,7 +60,7 @@ class WPGDBudget(GradientAttack):
         if clean is not None:
             first = move(origin, clean.gradient[rows])
         else:  # uniform radii: every step ascends `loss`, the first from a small random offset, as in TRADES
-            start = origin + context.noise  # type: ignore[operator]  # not None in this branch
+            start = origin + context.noise()  # type: ignore[misc]  # not None in this branch
             first = move(start, input_gradients(network, start, target, self._loss, self.batch_size).gradient)
         z, loss_mean = self._ascend(network, first, y, target, move, context)
         dropped = 0 if clean is None else int((~clean.finite).sum())

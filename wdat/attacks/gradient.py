@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.base import Attack, Context
 from wdat.errors import SettingError
-from wdat.gradients import Gradients, forward, input_gradients
+from wdat.gradients import Gradients, forward, gradients_of, input_gradients
 from wdat.losses import get_label_loss, get_loss, log_probabilities
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, dual_norm
@@ -58,10 +58,14 @@ class GradientAttack(Attack):
         self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context
     ) -> tuple[Gradients, Tensor, Sensitivity]:
         """The pass at the clean images: gradients, what the allocation wants (N,), and Υ that has observed it."""
-        clean = input_gradients(network, x, y, self._radii_loss, self.batch_size)
+        if context.clean_pass is not None:
+            clean = gradients_of(*context.clean_pass, y, self._radii_loss, retain_graph=True)
+        else:
+            clean = input_gradients(network, x, y, self._radii_loss, self.batch_size)
         norms = self._quantity(clean, threat)
         sensitivity = context.sensitivity or Sensitivity(threat.q, context.processes)
-        sensitivity.observe(context.index, norms)
+        if self.by_distance or not threat.is_pointwise:
+            sensitivity.observe(context.index, norms)
         if not threat.is_pointwise and not self.by_distance and sensitivity.upsilon() == 0:
             warnings.warn(f"{self.name}: every gradient is zero (Υ = 0), so no image moves", stacklevel=4)
         return clean, norms, sensitivity

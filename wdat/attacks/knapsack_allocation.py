@@ -61,6 +61,28 @@ def solve(distances: Tensor, threat: ThreatModel) -> Allocation:
     return Allocation(1 - float(mass.sum()) / n, mass, critical, _length(d, moved, threat.p))
 
 
+def critical_distance(distances: Tensor, counts: Tensor | None, threat: ThreatModel) -> float:
+    """d*, the largest distance paid for, of a set of which some distances may stand for several images.
+
+    Args:
+        distances: (M,), as for `solve`.
+        counts: (M,), how many images have each distance; None for one each.
+        threat: Budget and order, p in [1, inf].
+    """
+    if counts is None:
+        return solve(distances, threat).critical
+    d, order = distances.detach().double().sort()
+    counts = counts[order]
+    if threat.delta == 0:
+        return 0.0
+    if threat.is_pointwise:
+        paid = d <= threat.delta
+    else:
+        cost = counts * (d / threat.delta) ** threat.p
+        paid = (cost.cumsum(0) - cost < counts.sum()) & cost.isfinite()
+    return float(d[paid].max()) if bool(paid.any()) else 0.0
+
+
 def _length(d: Tensor, mass: Tensor, p: float) -> float:
     paid = d[mass > 0]
     if not len(paid):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wdat.attacks.base import Context, Moved
 from wdat.attacks.budget import WPGDBudget
-from wdat.attacks.knapsack_allocation import solve
+from wdat.attacks.knapsack_allocation import critical_distance
 from wdat.errors import SettingError
 from wdat.gradients import Gradients
 from wdat.sensitivity import Sensitivity
@@ -64,13 +64,13 @@ class KnapsackBudget(WPGDBudget):
         return torch.where(norms <= self._critical(sensitivity, threat), self.kappa * norms, 0.0)
 
     def _critical(self, sensitivity: Sensitivity, threat: ThreatModel) -> float:
-        values = sensitivity.values()
-        if values is None:
+        sample = sensitivity.sample()
+        if sample is None:
             raise SettingError(
                 f"sensitivity={sensitivity.name} keeps no values, from which attack={self.name} finds its critical "
-                "distance; use subsample, exact or batch"
+                "distance; use table, subsample, exact or batch"
             )
-        return solve(values, threat).critical
+        return critical_distance(*sample, threat)
 
 
 @dataclass

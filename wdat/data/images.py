@@ -28,6 +28,12 @@ class ImageSet(Dataset[Batch]):
         self.augment = augment
         self.seed = seed
 
+    def to(self, device: torch.device) -> ImageSet:
+        """The same images on a device; itself where they are there."""
+        if self.images.device == device:
+            return self
+        return ImageSet(self.images.to(device), self.labels.to(device), self.augment, self.seed)
+
     def __len__(self) -> int:
         """Number of images."""
         return len(self.images)

@@ -35,6 +35,8 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images in a training step, over all processes.
         eval_batch_size: The most images one process evaluates at once.
         val_size: Number of validation images, or, below 1, their fraction of the training set.
+        on_device: Whether the images are kept, as uint8, on the device that trains; on a GPU a step then waits for
+            no copy. False where they don't fit beside the network.
         crop: Pixels by which training images are moved at random; 0 for none.
         flip: Whether training images are flipped left to right at random.
         limit_train: Keeps the first N training images, after validation images are set aside; None for all.
@@ -56,6 +58,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 128,
         eval_batch_size: int = 512,
         val_size: int | float = 1024,
+        on_device: bool = True,
         crop: int = 4,
         flip: bool = True,
         limit_train: int | None = None,
@@ -74,6 +77,7 @@ class ImageDataModule(LightningDataModule):
         self.batch_size = _count("batch_size", batch_size)
         self.eval_batch_size = _count("eval_batch_size", eval_batch_size)
         self.val_size = val_size if 0 < val_size < 1 else _val_count(val_size)
+        self.on_device = on_device
         self.augment = Augment(_count("crop", crop, 0), flip)
         limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
@@ -106,7 +110,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches of `batch_size` over all processes."""
-        images = self.images("train")
+        images = self._placed("train")
         return ResumableLoader(images, TrainPlan(len(images), self.batch_size, self.seed, *self._process()))
 
     def val_dataloader(self) -> PlannedLoader:
@@ -133,7 +137,7 @@ class ImageDataModule(LightningDataModule):
         Yields:
             Batches of at most `eval_batch_size` images.
         """
-        images, index = self.images("train"), index.cpu()
+        images, index = self._placed("train"), index.cpu()
         draws = self.augment.draw(len(index), seeding.generator(self.seed, "pass", step))
         for shard in ShardPlan(len(index), self.eval_batch_size, rank, world):
             place = shard.index
@@ -178,8 +182,15 @@ class ImageDataModule(LightningDataModule):
         return count
 
     def _evaluation(self, split: str) -> PlannedLoader:
-        images = self.images(split)
+        images = self._placed(split)
         return PlannedLoader(images, ShardPlan(len(images), self.eval_batch_size, *self._process()))
+
+    def _placed(self, split: str) -> ImageSet:
+        """The images of a split, moved once to the device of the run."""
+        images = self.images(split)
+        if self.on_device and self.trainer:
+            self._sets[split] = images = images.to(self.trainer.strategy.root_device)
+        return images
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

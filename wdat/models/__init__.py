@@ -11,8 +11,18 @@ from wdat.models import zoo
 from wdat.models.checkpoint import load_checkpoint
 from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
 from wdat.models.local import LOCAL, seeded
+from wdat.models.speed import accelerate
 
-__all__ = ["LOCAL", "describe", "find_head", "keep_frozen_in_eval", "load_checkpoint", "load_network", "prepare"]
+__all__ = [
+    "LOCAL",
+    "accelerate",
+    "describe",
+    "find_head",
+    "keep_frozen_in_eval",
+    "load_checkpoint",
+    "load_network",
+    "prepare",
+]
 
 
 def load_network(

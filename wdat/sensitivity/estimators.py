@@ -1,87 +1,18 @@
-"""Υ = (mean n_i^q)^(1/q), the sensitivity of the loss to a Wasserstein budget, and its estimators during training.
-
-n_i is the dual norm of image i's input gradient. V(δ) = V(0) + δΥ + o(δ) ([B], Theorem 2), so Υ says how fast the
-distributionally robust loss rises, and n_i/Υ how an optimal attacker divides the budget.
-
-In training Υ changes with every update. [A] recomputes it over the whole training set after each one (`Exact` with
-`every=1`); the other estimators are cheaper and less exact.
-"""
+"""Estimators that measure Υ anew: from the batch at hand, or by a pass of their own over training images."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wdat.errors import SettingError
-from wdat.processes import ALONE, Processes
 from wdat.seeding import generator
+from wdat.sensitivity.base import Estimator, Sample
 from wdat.threat import power_mean
-
-
-class Sensitivity:
-    """What an attack asks about Υ. This base class takes the images at hand for the whole set, as evaluation does.
-
-    Attributes:
-        q: Conjugate order in [1, inf), from the threat.
-        processes: The processes that share the set.
-    """
-
-    name: ClassVar[str] = "set"
-
-    def __init__(self, q: float = 2.0, processes: Processes = ALONE) -> None:
-        self.q = q
-        self.processes = processes
-        self._values: Tensor | None = None
-
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
-        """Take in dual norms (N,) that the attack has just computed for the images `index` of the training set."""
-        self._values = norms.detach()
-
-    def values(self) -> Tensor | None:
-        """The dual norms that give Υ, all processes' together; None where the estimator keeps none."""
-        return None if self._values is None else self.processes.gather(self._values)
-
-    def upsilon(self) -> float:
-        """Υ as it is now known; the same number on every process."""
-        if self._values is None:
-            raise RuntimeError("no gradient norms were observed yet; call observe first")
-        return power_mean(self._values, self.q, self.processes)
-
-
-class Estimator(Sensitivity):
-    """Υ of the training set as training goes on.
-
-    The module calls `wanted` before each step; if that names images, it measures their dual norms and hands them to
-    `measured`. The attack then calls `observe` with the batch's fresh norms. State goes into the checkpoint.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_train = 0
-        self.seed = 0
-
-    def begin(self, n_train: int, q: float, seed: int, processes: Processes) -> None:
-        """Tell the estimator about the training set; called before training, and again after a resume."""
-        self.n_train, self.q, self.seed, self.processes = n_train, q, seed, processes
-
-    def wanted(self, step: int) -> Tensor | None:
-        """Rows of the training set to measure before this step, the same on all processes; None for none."""
-        return None
-
-    def measured(self, index: Tensor, norms: Tensor) -> None:
-        """Take in the norms of all wanted images (all processes' together)."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-        return {"values": self._values}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self._values = state["values"]
 
 
 class Batch(Estimator):
@@ -92,8 +23,8 @@ class Batch(Estimator):
     def observe(self, index: Tensor | None, norms: Tensor) -> None:
         self._values = self.processes.gather(norms.detach())
 
-    def values(self) -> Tensor | None:
-        return self._values
+    def sample(self) -> Sample | None:
+        return None if self._values is None else Sample(self._values)
 
     def upsilon(self) -> float:
         if self._values is None:
@@ -126,7 +57,7 @@ class Ema(Batch):
             old, new = math.log1p(-self.rate) + self._log_power, math.log(self.rate) + log_fresh
             self._log_power = float(np.logaddexp(old, new))
 
-    def values(self) -> Tensor | None:
+    def sample(self) -> Sample | None:
         return None
 
     def upsilon(self) -> float:

@@ -1,0 +1,92 @@
+"""What an attack asks about Υ, and what training tells an estimator."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from wdat.processes import ALONE, Processes
+from wdat.threat import power_mean
+
+
+class Sample(NamedTuple):
+    """The values that give Υ.
+
+    Attributes:
+        values: (M,), dual norms, or distances for the attacks that divide by these.
+        counts: (M,), how many images have each value; None for one each.
+    """
+
+    values: Tensor
+    counts: Tensor | None = None
+
+
+class Sensitivity:
+    """What an attack asks about Υ. This base class takes the images at hand for the whole set, as evaluation does.
+
+    Attributes:
+        q: Order of the mean: the threat's conjugate order q; its p where the values are distances.
+        processes: The processes that share the set.
+    """
+
+    name: ClassVar[str] = "set"
+
+    def __init__(self, q: float = 2.0, processes: Processes = ALONE) -> None:
+        self.q = q
+        self.processes = processes
+        self._values: Tensor | None = None
+
+    def observe(self, index: Tensor | None, norms: Tensor) -> None:
+        """Take in dual norms (N,) that the attack has just computed for the images `index` of the training set."""
+        self._values = norms.detach()
+
+    def sample(self) -> Sample | None:
+        """The values that give Υ, all processes' together; None where the estimator keeps none."""
+        return None if self._values is None else Sample(self.processes.gather(self._values))
+
+    def upsilon(self) -> float:
+        """Υ as it is now known; the same number on every process."""
+        if self._values is None:
+            raise RuntimeError("no gradient norms were observed yet; call observe first")
+        return power_mean(self._values, self.q, self.processes)
+
+
+class Estimator(Sensitivity):
+    """Υ of the training set as training goes on.
+
+    The module calls `wanted` before each step; if that names images, it measures their dual norms and hands them to
+    `measured`. The attack then calls `observe` with the batch's fresh norms. State goes into the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_train = 0
+        self.seed = 0
+
+    def begin(self, n_train: int, q: float, seed: int, processes: Processes, distances: bool = False) -> None:
+        """Tell the estimator about the training set; called before training, and again after a resume.
+
+        Args:
+            n_train: Number of training images.
+            q: Order of the mean.
+            seed: The seed of the run.
+            processes: The processes that train together.
+            distances: Whether the values are distances to the boundary rather than dual norms.
+        """
+        self.n_train, self.q, self.seed, self.processes = n_train, q, seed, processes
+
+    def wanted(self, step: int) -> Tensor | None:
+        """Rows of the training set to measure before this step, the same on all processes; None for none."""
+        return None
+
+    def measured(self, index: Tensor, norms: Tensor) -> None:
+        """Take in the norms of all wanted images (all processes' together)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {"values": self._values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self._values = state["values"]
