@@ -26,7 +26,6 @@ from typing import Any
 import lightning as L  # noqa: N812
 import numpy as np
 import torch
-from rich.progress import track
 from rich.table import Table as Printed
 
 from benchmarks.common import CONSOLE, add_common, add_real, images, seconds, spread, write
@@ -202,8 +201,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*")
     settings = [(loss, norm, rate) for loss in options.losses for norm in options.norms for rate in options.rates]
     rows: list[dict[str, Any]] = []
-    for setting in track(settings, "fine-tuning", transient=True):
+    for k, setting in enumerate(settings):
         rows += run(options, *setting)
+        CONSOLE.print(f"[dim]{k + 1}/{len(settings)} fine-tuned: {setting[0]} radii, {setting[1]}, rate {setting[2]:g}")
     CONSOLE.print(show(rows))
     grown = growth(options.batch_size, options.growth_rounds)
     table = Printed("images in the table", "ms a step (median)", "min", "max")

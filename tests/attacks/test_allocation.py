@@ -92,6 +92,14 @@ def test_capped_radii_are_those_of_the_root(n, p, cap):
     assert_close(found, radii(brentq(lambda c: threat.length(radii(c)) - 0.1, -60, 60, xtol=1e-13)), rtol=1e-6, atol=0)
 
 
+@given(norms, st.lists(st.integers(1, 5), min_size=12, max_size=12), st.sampled_from([1.5, 2.0, 3.0]), st.floats(1, 6))
+def test_counts_stand_for_repeated_values(n, counts, p, cap):
+    counts, threat = torch.tensor(counts[: len(n)], dtype=torch.float64), ThreatModel(p, "linf", 0.1)
+    found = capped_radii(n, Sample(n, counts), threat, cap * 0.1)
+    repeated = Sample(n.repeat_interleave(counts.long()))
+    assert_close(found, capped_radii(n, repeated, threat, cap * 0.1), rtol=1e-6, atol=0)
+
+
 def test_a_loose_cap_changes_nothing():
     n = torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     threat = ThreatModel(2, "l2", 0.3)

@@ -8,9 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from wdat.attacks.knapsack_allocation import bootstrap, curve, solve
+from wdat.attacks.knapsack_allocation import bootstrap, critical_distance, curve, solve
 from wdat.threat import ThreatModel
 
 ORDERS = [1, 1.5, 2, 4, math.inf]
@@ -109,6 +111,41 @@ def test_tiny_distances_at_a_high_order_do_not_underflow():
     budgets, _ = curve(d, 64)
     assert (budgets.diff() > 0).all()
     assert float(budgets[-1]) == pytest.approx(4e-8 * (1 / 4) ** (1 / 64), rel=1e-6)
+
+
+counted = st.lists(
+    st.tuples(st.one_of(st.just(0.0), st.just(math.inf), st.floats(0.01, 3)), st.integers(1, 6)), min_size=1, max_size=8
+)
+
+
+@given(counted, st.sampled_from([1, 2, math.inf]), st.floats(0.05, 5))
+def test_the_critical_distance_of_counts_is_that_of_the_repeated_distances(held, p, delta):
+    d, counts = torch.tensor(held, dtype=torch.float64).unbind(1)
+    repeated, threat = d.repeat_interleave(counts.long()), ThreatModel(p, "linf", delta)
+    least, most = (solve(repeated, ThreatModel(p, "linf", delta * (1 + e))).critical for e in (-1e-9, 1e-9))
+    for values, times in ((d, counts), (repeated, torch.ones_like(repeated))):
+        assert least <= critical_distance(values, times, threat) <= most  # a budget may end between two images
+    assert critical_distance(repeated, None, threat) == solve(repeated, threat).critical
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_critical_distance_does_not_depend_on_the_order(p):
+    d, counts = (
+        torch.tensor([math.inf, 0.03, 0.0, 0.01, 0.02]).double(),
+        torch.tensor([2.0, 1.0, 3.0, 4.0, 2.0]).double(),
+    )
+    for delta in (0.0, 0.004, 0.01, 0.03, 1.0):
+        threat = ThreatModel(p, "linf", delta)
+        expected = solve(d.repeat_interleave(counts.long()), threat).critical
+        for order in itertools.permutations(range(5)):
+            assert critical_distance(d[list(order)], counts[list(order)], threat) == expected
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_images_far_beyond_the_budget_are_not_paid_for(p):
+    d, counts, threat = torch.tensor([1.0, 1e20]).double(), torch.tensor([2.0, 1.0]).double(), ThreatModel(p, "l2", 0.5)
+    assert solve(d.repeat_interleave(counts.long()), threat).critical == 1.0
+    assert critical_distance(d, counts, threat) == 1.0
 
 
 @pytest.mark.parametrize("p", ORDERS)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from wdat.attacks.allocation import allocate
 from wdat.attacks.base import Context, Moved
-from wdat.attacks.gradient import GradientAttack
+from wdat.attacks.gradient import GradientAttack, Move
 from wdat.errors import SettingError
 from wdat.gradients import input_gradients
 from wdat.sensitivity import Sensitivity
@@ -49,13 +50,9 @@ class WPGDBudget(GradientAttack):
         target = self._target(network, x, y, context, clean)
 
         everyone = not context.training or (threat.is_pointwise and not self.by_distance)
-        rows = slice(None) if everyone else (radii > 0).nonzero().squeeze(1)
+        rows = slice(None) if everyone else _where(radii > 0)
         origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
-        length = per_image(self.step_size * bound, x)
-
-        def move(z: Tensor, gradient: Tensor) -> Tensor:
-            z = z + length * direction(gradient, threat.norm)
-            return contract(origin, z, bound, threat.norm).clamp_(0, 1)
+        move = _mover(origin, bound, self.step_size, threat.norm)
 
         if clean is not None:
             first = move(origin, clean.gradient[rows])
@@ -73,6 +70,26 @@ class WPGDBudget(GradientAttack):
     def _share(threat: ThreatModel, context: Context) -> float | None:
         """The whole set must keep the budget; with a running Υ one batch may spend more than its share."""
         return threat.delta if context.sensitivity is None else None
+
+
+def _mover(origin: Tensor, radii: Tensor, step_size: float, norm: str) -> Move:
+    """The move x ← Π_i(x + step_size δ_i h(g)); in linf the ball and [0, 1] are one box, found once."""
+    length = per_image(step_size * radii, origin)
+    if norm == "linf":
+        bound = per_image(radii, origin)
+        low, high = (origin - bound).clamp_min_(0), (origin + bound).clamp_max_(1)
+        return lambda z, gradient: torch.addcmul(z, length, gradient.sign()).clamp_(low, high)
+
+    def move(z: Tensor, gradient: Tensor) -> Tensor:
+        return contract(origin, z + length * direction(gradient, norm), radii, norm).clamp_(0, 1)
+
+    return move
+
+
+def _where(chosen: Tensor) -> slice | Tensor:
+    """Indices of the chosen rows; all of them as a slice, which copies nothing."""
+    rows = chosen.nonzero().squeeze(1)
+    return slice(None) if len(rows) == len(chosen) else rows
 
 
 def _put(z: Tensor, rows: slice | Tensor, x: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def critical_distance(distances: Tensor, counts: Tensor | None, threat: ThreatMo
         paid = d <= threat.delta
     else:
         cost = counts * (d / threat.delta) ** threat.p
-        paid = (cost.cumsum(0) - cost < counts.sum()) & cost.isfinite()
+        spent_before = torch.cat([cost.new_zeros(1), cost.cumsum(0)[:-1]])
+        paid = (spent_before < counts.sum()) & cost.isfinite()
     return float(d[paid].max()) if bool(paid.any()) else 0.0
 
 

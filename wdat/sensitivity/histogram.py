@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 BITS = 6
-BINS = 255 << BITS
-LARGEST = torch.finfo(torch.float32).max
+BINS = (255 << BITS) + 1  # the last holds infinity
 SMALLEST = torch.finfo(torch.float32).tiny  # what is smaller counts as zero
 
 
@@ -39,15 +38,16 @@ class Histogram:
         self.sums = torch.zeros(BINS, dtype=torch.float64)  # Σ (v/edge)^order
 
     def add(self, values: Tensor, sign: int = 1) -> None:
-        """Put numbers in (N,), float32, at least 0; infinite ones count as the largest finite one.
+        """Put numbers in (N,), float32, at least 0; infinite ones too.
 
         Args:
             values: The numbers.
             sign: −1 to take away numbers that were put in before.
         """
-        values = torch.where(values < SMALLEST, 0.0, values.clamp_max(LARGEST))
+        values = torch.where(values < SMALLEST, 0.0, values)
         bins = _bin(values)
-        relative = torch.where(values > 0, (values.double() / self._edges[bins].clamp_min(SMALLEST)) ** self.order, 0.0)
+        ratio = torch.where(values.isinf(), 1.0, values.double() / self._edges[bins].clamp_min(SMALLEST))
+        relative = ratio**self.order
         self.counts.index_add_(0, bins, torch.full_like(relative, sign))
         self.sums.index_add_(0, bins, sign * relative)
 

@@ -14,17 +14,18 @@ m_i = n_i(t_i)/ĝ(t_i) at the image's last visit t_i and reads g with today's es
     r = (1/q) log(Σ_B n_i^q / Σ_B (ĝ m_i)^q) ≈ e(t) − mean_B e(t_i),
 
 the error that has *grown* since the batch was last seen, about T steps before (an epoch). Taking ĝ ← ĝ exp(r) at every
-step would therefore repeat each correction T times over, because every batch of the epoch sees the same growth: a
-shuffled epoch always draws the stalest entries of the table (tried: it overshoots by as much as no correction falls
-short). So a step takes the share 1/w of what the last w batches say, pooled:
+step would repeat the same correction many times over, because every batch of the epoch sees the same growth (a shuffled
+epoch always draws the stalest entries of the table): the gain runs ahead, swings back an epoch later, and takes up each
+batch's noise in full. So a step takes the share 1/w of what the last w batches say, pooled:
 
-    log ĝ ← log ĝ + r_w / w,    r_w = (1/q) log(Σ_w Σ_B min(n_i, c)^q / Σ_w Σ_B min(ĝ m_i, c)^q).
+    log ĝ ← log ĝ + r_w / w,    r_w = (1/q) log(Σ_w Σ_B min(n_i/ĝ, c)^q / Σ_w Σ_B min(m_i, c)^q).
 
 With a steady drift of ρ a step the gain then follows at ρ T/(T + w), leaving w/(T + w) of the bias of the uncorrected
-table, and it forgets single batches over w steps. Drift is fastest where fine-tuning begins, so w starts at 10 batches
-and grows by one in five up to `window`: less bias first, less noise later. Both sums are clipped at c, a high quantile
-of the predicted norms: one near tie would otherwise move the gain of all images (with ReDLR the sums are one image's).
-Clipping slows the gain a little; it doesn't bias it, because it treats both sides alike.
+table (little where an epoch has hundreds of batches), and it forgets single batches over w steps. Drift is fastest
+where fine-tuning begins, so w starts at 10 batches and grows by one in five up to `window`: less bias first, less noise
+later. Both sums are clipped at c, a high quantile of the m_i: one near tie would otherwise move the gain of all images
+(with ReDLR the sums are one image's). Clipping slows the gain a little; it doesn't bias it, because it treats both
+sides alike.
 
 **Reading.** Υ and the sums that cap the radii come from a histogram of the m_i with 1.6 % wide bins, kept by adding and
 taking away the batch's entries, so that a step costs the same for 10³ and 10⁷ images.
@@ -44,7 +45,7 @@ from torch import Tensor
 from wdat.errors import SettingError
 from wdat.processes import Processes
 from wdat.sensitivity.base import Estimator, Sample
-from wdat.sensitivity.histogram import LARGEST, Histogram
+from wdat.sensitivity.histogram import Histogram
 from wdat.threat import power_mean
 
 FIRST, GROWTH = 10, 5  # w begins at FIRST batches and grows by one in GROWTH
@@ -78,6 +79,7 @@ class Table(Estimator):
         self._log_gain = 0.0
         self._recent: list[tuple[float, float]] = []  # fresh and predicted sums of the last batches
         self._seen = 0  # batches since the table was filled
+        self._unit = 1.0  # Υ when it was filled; sums of powers are taken in it
         self._follow = True
         self._histogram = Histogram(2.0)
         self._sample: Sample | None = None
@@ -105,6 +107,7 @@ class Table(Estimator):
         stored[index.cpu()] = norms.detach().float().cpu()
         self._stored, self._log_gain, self._recent, self._seen = stored, 0.0, [], 0
         self._count(self._histogram.order)
+        self._unit = self.upsilon() or 1.0
 
     def observe(self, index: Tensor | None, norms: Tensor) -> None:
         """Refresh the batch's entries (all processes' together) and the gain.
@@ -122,20 +125,19 @@ class Table(Estimator):
         fresh = self.processes.gather(norms.detach()).double().cpu()
         old = self._stored[rows]
         if self._follow:
-            self._correct(fresh, old.double() * math.exp(self._log_gain))
-        new = (fresh / math.exp(self._log_gain)).clamp_max(LARGEST).float()
+            self._correct(fresh / math.exp(self._log_gain), old.double())
+        new = (fresh / math.exp(self._log_gain)).float()
         self._stored[rows] = new
         self._histogram.add(old, -1)
         self._histogram.add(new)
         self._sample = None
 
     def _correct(self, fresh: Tensor, predicted: Tensor) -> None:
-        """One step of the gain."""
-        bound = self._histogram.quantile(self.clip) * math.exp(self._log_gain) if self.clip < 1 else math.inf
-        unit = bound if 0 < bound < math.inf else max(float(predicted.max()), float(fresh.max()))
-        if not 0 < unit < math.inf:
+        """One step of the gain, from norms in units of the present one."""
+        bound = self._histogram.quantile(self.clip) if self.clip < 1 else math.inf
+        sums = [float(((v.clamp_max(bound or math.inf) / self._unit) ** self.q).sum()) for v in (fresh, predicted)]
+        if not all(map(math.isfinite, sums)):
             return
-        sums = [float(((v / unit).clamp_max(bound / unit) ** self.q).sum()) for v in (fresh, predicted)]
         self._seen += 1
         window = min(self.window or 1, FIRST + self._seen // GROWTH)
         self._recent = [*self._recent, (sums[0], sums[1])][-window:]
@@ -163,13 +165,15 @@ class Table(Estimator):
             "log_gain": self._log_gain,
             "recent": self._recent,
             "seen": self._seen,
+            "unit": self._unit,
             "order": self._histogram.order,
             "counts": self._histogram.counts,
             "sums": self._histogram.sums,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stored, self._log_gain, self._seen = state["stored"], state["log_gain"], state["seen"]
+        self._stored = None if state["stored"] is None else state["stored"].clone()
+        self._log_gain, self._seen, self._unit = state["log_gain"], state["seen"], state["unit"]
         self._recent = [(above, below) for above, below in state["recent"]]
         self._histogram, self._sample = Histogram(state["order"]), None
-        self._histogram.counts, self._histogram.sums = state["counts"], state["sums"]
+        self._histogram.counts, self._histogram.sums = state["counts"].clone(), state["sums"].clone()

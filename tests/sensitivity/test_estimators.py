@@ -1,4 +1,4 @@
-"""Υ and its estimators."""
+"""Υ and its estimators; the table has more tests of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from wdat.errors import SettingError
 from wdat.processes import ALONE
-from wdat.sensitivity import Batch, Ema, Estimator, Exact, Sensitivity, Subsample
+from wdat.sensitivity import Batch, Ema, Estimator, Exact, Sensitivity, Subsample, Table
 from wdat.threat import power_mean
 
 NORMS = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 4 * 10
@@ -34,7 +34,7 @@ def test_the_set_is_the_images_at_hand():
     assert_close(sensitivity.sample().values, NORMS[:5])
 
 
-@pytest.mark.parametrize("make", [Sensitivity, Batch, Ema, Exact, Subsample])
+@pytest.mark.parametrize("make", [Sensitivity, Batch, Ema, Exact, Subsample, Table])
 def test_asking_before_observing_says_so(make):
     with pytest.raises(RuntimeError, match="observe"):
         make().upsilon()
@@ -130,10 +130,10 @@ def test_ema_of_large_norms_at_an_order_near_one_does_not_overflow():
     assert ema.upsilon() == pytest.approx(1e3)
 
 
-@pytest.mark.parametrize("make", [Batch, Ema, Exact, Subsample])
+@pytest.mark.parametrize("make", [Batch, Ema, Exact, Subsample, Table])
 def test_state_survives_a_checkpoint(make, tmp_path):
     estimator = _begun(make())
-    estimator.measured(torch.arange(50), NORMS[:50])
+    estimator.measured(torch.arange(200), NORMS)
     estimator.observe(torch.arange(50), NORMS[:50])
     torch.save(estimator.state_dict(), tmp_path / "state.pt")
     other = _begun(make())
@@ -144,7 +144,7 @@ def test_state_survives_a_checkpoint(make, tmp_path):
     assert other.upsilon() == estimator.upsilon()
 
 
-@pytest.mark.parametrize("make", [Batch, Ema, Exact, Subsample])
+@pytest.mark.parametrize("make", [Batch, Ema, Exact, Subsample, Table])
 def test_a_state_without_measurements_survives_too(make):
     other = _begun(make())
     other.load_state_dict(_begun(make()).state_dict())
@@ -152,7 +152,7 @@ def test_a_state_without_measurements_survives_too(make):
         other.upsilon()
 
 
-@pytest.mark.parametrize("make", [Exact, Subsample])
+@pytest.mark.parametrize("make", [Exact, Subsample, Table])
 def test_a_resumed_estimator_keeps_the_schedule(make):
     estimator = _begun(make(every=4))
     index = estimator.wanted(0)
@@ -169,6 +169,10 @@ def test_a_resumed_estimator_keeps_the_schedule(make):
         (lambda: Ema(rate=1.5), "sensitivity.rate"),
         (lambda: Exact(every=0), "sensitivity.every"),
         (lambda: Subsample(size=0), "sensitivity.size"),
+        (lambda: Table(window=0), "sensitivity.window=0"),
+        (lambda: Table(clip=0), "sensitivity.clip=0"),
+        (lambda: Table(clip=1.5), r"sensitivity\.clip=1\.5"),
+        (lambda: Table(every=0), "sensitivity.every=0"),
     ],
 )
 def test_impossible_settings_are_named(make, word):

@@ -1,0 +1,183 @@
+"""Switches for speed: a training with each of them agrees with the float32 one."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+
+import lightning as L  # noqa: N812
+import pytest
+import torch
+
+import wdat
+from wdat import models
+from wdat.attacks import build
+from wdat.data import ImageDataModule
+from wdat.evaluation import evaluate
+from wdat.models.local import LOCAL
+from wdat.module import WDATModule, is_compiled
+from wdat.objectives import Objective
+from wdat.schedules import Constant
+from wdat.sensitivity import Table
+
+THREAT = wdat.ThreatModel(2, "linf", 0.1)
+SEED = 3
+ACCURACY, UPSILON = 0.02, 0.03  # agreement asked for: share of the images, relative
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    # torch.compile, of itself and its own dependencies:
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+]
+
+
+@pytest.fixture(scope="module")
+def data():
+    data = ImageDataModule("digits", 10, val_size=300, batch_size=64, flip=False, seed=SEED)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def pretrained(data):
+    network = models.load_network("small_cnn", seed=SEED).train()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(4):
+        for batch in data.train_dataloader():
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(batch.x), batch.y).backward()
+            optimizer.step()
+    return network.eval()
+
+
+def trained(network, data, precision="32-true", steps=12):
+    """A short W-DAT training: Υ at its end, and the validation accuracies, measured in float32."""
+    network = copy.deepcopy(network)
+    return finish(network, data, precision, steps)
+
+
+def finish(network, data, precision, steps):
+    attack = build("wpgd_budget", loss="kl", steps=5, step_size=0.4, radius_max=4.0)
+    module = WDATModule(
+        network,
+        Objective(beta_w=6),
+        attack,
+        THREAT,
+        Table(),
+        partial(torch.optim.SGD, lr=0.01),
+        Constant(),
+        seed=SEED,
+    )
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision=precision,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
+        inference_mode=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    records = evaluate(network, data.val_dataloader(), THREAT, attacks=["pgd"], losses=["ce"])
+    return module.sensitivity.upsilon(), {record.attack: record.accuracy for record in records}
+
+
+@pytest.fixture(scope="module")
+def plain(pretrained, data):
+    return trained(pretrained, data)
+
+
+def agree(one, other):
+    assert one[0] == pytest.approx(other[0], rel=UPSILON)
+    assert one[1].keys() == other[1].keys() == {"none", "pgd"}
+    for name, accuracy in one[1].items():
+        assert accuracy == pytest.approx(other[1][name], abs=ACCURACY)
+
+
+def test_the_training_that_they_are_compared_on_changes_something(pretrained, plain, data):
+    before, after = trained(pretrained, data, steps=1), plain
+    assert abs(after[0] / before[0] - 1) > 3 * UPSILON
+
+
+def test_bf16_agrees(pretrained, plain, data):
+    agree(trained(pretrained, data, "bf16-mixed"), plain)
+
+
+def test_channels_last_agrees(pretrained, plain, data):
+    network = models.accelerate(copy.deepcopy(pretrained), channels_last=True)
+    assert any(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4)
+    agree(finish(network, data, "32-true", 12), plain)
+
+
+def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
+    """Everything but the code generator, which the slow test has."""
+    network = copy.deepcopy(pretrained)
+    network.compile(backend="aot_eager")
+    agree(finish(network, data, "32-true", 12), plain)
+    assert list(network.state_dict()) == list(pretrained.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_all_switches_together_agree(pretrained, plain, data):
+    network = models.accelerate(copy.deepcopy(pretrained), channels_last=True, compiled=True)
+    assert is_compiled(network)
+    agree(finish(network, data, "bf16-mixed", 12), plain)
+
+
+def test_without_switches_nothing_changes():
+    network = models.load_network("small_cnn")
+    assert models.accelerate(network) is network
+    assert not is_compiled(network)
+    assert all(p.is_contiguous() for p in network.parameters())
+
+
+class Types(torch.nn.Module):
+    """Notes the precision of the logits in each mode."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.seen = network, {"train": set(), "eval": set()}
+
+    def forward(self, x):
+        logits = self.network(x)
+        trains = torch.is_autocast_enabled("cpu")
+        self.seen["train" if trains else "eval"].add(logits.dtype)
+        return logits
+
+
+def test_training_and_its_attacks_run_in_bf16_and_evaluation_in_float32(pretrained, data):
+    network = Types(copy.deepcopy(pretrained))
+    seen = {}
+
+    class Validation(L.Callback):
+        def on_validation_start(self, trainer, module):
+            seen["fit"] = dict(network.seen)
+            network.seen = {"train": set(), "eval": set()}
+
+        def on_validation_end(self, trainer, module):
+            seen["validation"] = dict(network.seen)
+
+    attack = build("wpgd_budget", loss="kl", steps=2, step_size=0.5)
+    module = WDATModule(
+        network,
+        Objective(beta_w=6),
+        attack,
+        THREAT,
+        Table(),
+        partial(torch.optim.SGD, lr=0.01),
+        Constant(),
+        seed=SEED,
+    )
+    trainer = L.Trainer(
+        max_epochs=1, limit_train_batches=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        precision="bf16-mixed", enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False, inference_mode=False, callbacks=[Validation()],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert seen["fit"] == {"train": {torch.bfloat16}, "eval": set()}
+    assert seen["validation"] == {"train": set(), "eval": {torch.float32}}
+
+
+def test_every_local_network_accepts_the_layout():
+    for name in LOCAL:
+        network = models.accelerate(models.load_network(name), channels_last=True)
+        assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
