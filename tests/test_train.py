@@ -227,6 +227,18 @@ def test_two_jobs_in_one_process(tmp_path):
         assert (tmp_path / "sweep" / str(job) / "curve.png").exists()
 
 
+def test_the_switches_for_speed(tmp_path):
+    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    run = tmp_path / "run"
+    result = train(*QUICK, *shorter, "trainer.precision=bf16-mixed", "channels_last=true", f"hydra.run.dir={run}")
+    assert (result.status, result.err) == (0, "")
+    plain = train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / 'plain'}")
+    assert plain.status == 0
+    for mine, theirs in zip(read(run / "records.json"), read(tmp_path / "plain" / "records.json"), strict=True):
+        assert mine.accuracy == pytest.approx(theirs.accuracy, abs=0.05), mine.attack
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
+
+
 def test_a_run_is_a_function_of_its_seed(tmp_path):
     shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
     values = []
@@ -295,6 +307,8 @@ BAD = {
     "data.num_classes=7": ["data.num_classes", "10"],
     "objective.beta_w=-1": ["objective.beta_w", "negative"],
     "sensitivity.every=0": ["sensitivity.every", "at least 1"],
+    "sensitivity.window=0": ["sensitivity.window", "at least 1", "null"],
+    "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
     "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
     "finetune.trainable=heads": ["finetune.trainable", "head"],
     "resume=nowhere": ["resume=nowhere", "not the folder of a run"],

@@ -259,3 +259,39 @@ def test_digits_end_to_end():
     assert torch.equal(batch.x, digits().x_test[:20].float() / 255)
     assert batch.index.tolist() == batch.place.tolist() == list(range(20))
     assert batch.size == 20
+
+
+class _Elsewhere:
+    """A trainer whose device holds shapes only, as far as data are concerned."""
+
+    global_rank, world_size = 0, 1
+
+    class strategy:  # noqa: N801
+        root_device = torch.device("meta")
+
+
+def test_images_are_kept_as_bytes_on_the_device_that_trains(tmp_path):
+    data = make(tmp_path, crop=1, flip=True)
+    data.trainer = _Elsewhere()
+    for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
+        batch = next(iter(loader))
+        assert data.images(split).images.device.type == data.images(split).labels.device.type == "meta"
+        assert data.images(split).images.dtype == torch.uint8
+        assert batch.x.device.type == batch.y.device.type == batch.index.device.type == "meta"
+        assert batch.x.dtype == torch.float32
+    kept = data.images("train")
+    data.train_dataloader()
+    assert data.images("train") is kept, "moved once"
+    assert next(data.train_batches(torch.arange(4), 0)).x.device.type == "meta"
+
+
+def test_images_may_stay_where_they_are(tmp_path):
+    data = make(tmp_path, on_device=False)
+    data.trainer = _Elsewhere()
+    assert next(iter(data.train_dataloader())).x.device.type == "cpu"
+
+
+def test_a_plain_data_module_keeps_its_images(tmp_path):
+    data = make(tmp_path)
+    data.train_dataloader()
+    assert data.images("train").images.device.type == "cpu"
