@@ -22,9 +22,11 @@ def errors_over_time(rows: Sequence[dict[str, Any]], epoch: int, place: Path) ->
     """
     rate = rows[0]["rate"]
     panels = sorted({(row["radii_loss"], row["norm"]) for row in rows})
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.6 * lines), layout="constrained")
     for k, (loss, norm) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), k + 1)
+        axes = figure.add_subplot(lines, columns, k + 1)
         key = "upsilon_error" if loss == "ce" else "c_error"
         chosen = {r["estimator"]: r for r in rows if (r["radii_loss"], r["norm"], r["rate"]) == (loss, norm, rate)}
         for name in ORDER:

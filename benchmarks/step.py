@@ -250,10 +250,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches, n_train = read(options, options.batch_size, options.batches, device)
     network = load_network(options.network, checkpoint=None if options.random else options.checkpoint)
     prepare(network)
     network.to(device)
-    batches, n_train = read(options, options.batch_size, options.batches, device)
     rows = []
     for norm in track(options.norms, "steps", transient=True):
         threat = ThreatModel(2, norm, DELTA[norm])

@@ -1,0 +1,73 @@
+"""The benchmarks run, and the README shows what their records say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_tables_of_the_readme_are_made_from_the_records():
+    readme = (ROOT / "README.md").read_text()
+    tables = run("summary").strip().split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
+        assert table in readme
+
+
+@pytest.mark.slow
+def test_the_step_benchmark(tmp_path):
+    record = tmp_path / "step.json"
+    few = ["--batch-size", 8, "--inner-steps", 2, "--batches", 2, "--rounds", 2]
+    out = run(
+        "step", "--random", "--network", "small_cnn", *few, "--grow-batch", 4, "--grow-steps", 1, "--output", record
+    )
+    for word in ("ratio of the time of a step", "growth", "GFLOP a step", "record"):
+        assert word in out
+    found = json.loads(record.read_text())
+    assert [row["norm"] for row in found["rows"]] == ["linf", "l2"]
+    for row in found["rows"]:
+        assert set(row["ratios"]) >= {"wdat, ce / trades", "wdat, redlr / trades, as usual"}
+        assert all(v["min"] <= v["median"] <= v["max"] for v in row["ratios"].values())
+        assert row["zero_radii"]["wdat, ce"] == 0
+        assert row["zero_radii"]["wdat, redlr"] > 0.5, "fresh weights misclassify most images"
+    assert found["flops"]["trades, as usual"] > found["flops"]["trades"] > found["flops"]["wdat, ce"]
+
+
+@pytest.mark.slow
+def test_the_upsilon_benchmark(shared, tmp_path):
+    record = tmp_path / "upsilon.json"
+    run(
+        "upsilon", "--checkpoint", shared / "models/resnet2b.pt", "--data", shared / "data/cifar10_subset.npz",
+        "--rates", 0.003, "--norms", "linf", "--losses", "ce", "--steps", 24, "--images", 512, "--batch-size", 64,
+        "--every", 4, "--draws", 1, "--growth-rounds", 5, "--output", record,
+    )  # fmt: skip
+    found = json.loads(record.read_text())
+    errors = {row["estimator"]: row["upsilon"] for row in found["rows"]}
+    assert set(errors) == {"table", "uncorrected table", "subsample", "ema", "batch"}
+    assert errors["table"]["median"] < errors["batch"]["median"]
+    assert 0 < found["rows"][0]["share_of_step"] < 0.1
+    assert record.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("module", ["upsilon", "step"])
+def test_missing_images_are_named(module, tmp_path):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--data", str(tmp_path / "no.npz"), "--output"]
+    command += [str(tmp_path / "record.json"), "--network", "small_cnn"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "error: --data=" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "record.json").exists()
