@@ -20,16 +20,19 @@ import lightning as L  # noqa: N812
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import nn
 
-from wdat import models
+from wdat import checkpoints, models
 from wdat.attacks import build
 from wdat.callbacks import RobustEvaluation, WorkProgress
-from wdat.console import before_after, figures, quiet_libraries, readable_errors
+from wdat.checkpoints import SafeCheckpointIO
+from wdat.console import PlainConsole, before_after, figures, quiet_libraries, readable_errors
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.plots import accuracy_against_budget
+from wdat.launch import agreed, check_launch, join_group, one_at_a_time
+from wdat.loggers import go_on, own_run
 from wdat.module import WDATModule
 from wdat.objectives import Objective
 from wdat.records import Facts, RecordBook
@@ -53,21 +56,32 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
         The records of the run.
     """
     check(cfg)
+    check_launch(cfg.trainer, HydraConfig.get())
     L.seed_everything(cfg.seed, verbose=False)
     threat = instantiate(cfg.threat)
     data = instantiate(cfg.data)
     objective: Objective = instantiate(cfg.objective)
     attack = instantiate(cfg.attack)
-    data.prepare_data()
+    with one_at_a_time():
+        data.prepare_data()
     data.setup()
     network = instantiate(cfg.model)
     trainer: L.Trainer = instantiate(
-        cfg.trainer, callbacks=[instantiate(c) for c in cfg.callbacks.values()], logger=instantiate(cfg.logger)
+        cfg.trainer,
+        callbacks=[instantiate(c) for c in (cfg.averaging, *cfg.callbacks.values()) if c],
+        logger=instantiate(cfg.logger),
+        plugins=[SafeCheckpointIO()],
     )
     first = trainer.is_global_zero
-    book = RecordBook(run_dir / "records.json" if first else None)
+    if first and not cfg.resume:
+        check_unused(run_dir)
+    book = RecordBook(run_dir / "records.json" if first else None, fresh=not cfg.resume)
     facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
-    resume = run_dir / "checkpoints" / "last.ckpt" if cfg.resume else None
+    resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
+    if notice:
+        say(notice)
+    if resume:
+        go_on(trainer.loggers, resume)
 
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data)
@@ -99,10 +113,12 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
 
     if not resume:
         measure("before")
+    begun = steps_of(resume) if resume else 0
     trainer.fit(module, data, ckpt_path=resume)
-    # Without any validation, because the run is shorter than its cadence, the last epoch stands.
-    best = trainer.checkpoint_callback.best_model_path or str(run_dir / "checkpoints" / "last.ckpt")  # type: ignore[union-attr]
-    if Path(best).exists():
+    if resume and trainer.global_step == begun:
+        book.forget("after")  # of the same weights, perhaps in part
+    best = chosen(trainer, run_dir)
+    if best:
         state = torch.load(best, map_location=module.device, weights_only=True)
         module.load_state_dict(state["state_dict"])
         evaluation.facts = replace(facts, checkpoint=os.path.relpath(best, run_dir))
@@ -111,12 +127,38 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
         picture = run_dir / "curve.png"
         accuracy_against_budget(book.records, picture)
         table = before_after(book.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
-        console = Console()
+        console = PlainConsole(soft_wrap=False)
         console.print(table)
         console.print(
             f"checkpoint {best}\nrecords    {book.path}\npicture    {picture}", highlight=False, soft_wrap=True
         )
     return book
+
+
+def check_unused(run_dir: Path) -> None:
+    """Refuse to write over another run, but for one that stopped before it saved anything."""
+    if (run_dir / checkpoints.FOLDER / checkpoints.LAST).exists():
+        raise SettingError(f"hydra.run.dir={run_dir} holds a run: go on with resume={run_dir}, or name another folder")
+
+
+def steps_of(checkpoint: Path) -> int:
+    """Steps that were made when a checkpoint was written."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
+    """The checkpoint that the monitor chose; without validation, or where it can't be used, the last; None for none."""
+    folder = run_dir / checkpoints.FOLDER
+    last = folder / checkpoints.LAST
+    best = Path(trainer.checkpoint_callback.best_model_path or last)  # type: ignore[union-attr]
+    for candidate in (best, last):
+        # A resumed run takes the name from its checkpoint; no file outside the run is meant.
+        if candidate.exists() and candidate.resolve().parent == folder.resolve():
+            fault = checkpoints.damage(candidate)
+            if fault is None:
+                return candidate
+            say(f"{candidate.name} can't be used ({fault})")
+    return None
 
 
 def check(cfg: DictConfig) -> None:
@@ -170,20 +212,21 @@ def describe(name: str, network: nn.Module, trained: list[str], splits: dict[str
 
 def say(text: str) -> None:
     """Print on the first process only."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0:
-        Console(highlight=False, soft_wrap=True).print(text)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        PlainConsole().print(text)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Compose the configuration and train."""
     quiet_libraries()
-    with readable_errors():
+    join_group()
+    with readable_errors(), own_run():
         train(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":
     with readable_errors():
-        sys.argv[1:] = resumed_arguments(sys.argv[1:])
+        sys.argv[1:] = agreed(sys.argv[1:], resumed_arguments)
         check_folder(sys.argv[1:])
     main()

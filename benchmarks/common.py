@@ -91,4 +91,4 @@ def write(name: str, options: argparse.Namespace, device: object, tables: dict[s
     record = {**about, **tables, "commit": source_commit(), "versions": installed_versions()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")
-    CONSOLE.print(f"record {options.output}")
+    CONSOLE.print(f"record {options.output}", markup=False)

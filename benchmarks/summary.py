@@ -65,14 +65,28 @@ def attack(record: dict[str, Any]) -> str:
     return _line([f"`{record['settings']['network']}`", *cells])
 
 
+def faults(record: dict[str, Any]) -> str:
+    """What happened to runs with faults, by kind."""
+    head = ["fault", "cases", "ended as if nothing had been", "hung", "stopped before the first checkpoint"]
+    head += ["steps made again: median (most)", "seconds to the end: most"]
+    lines = []
+    for row in record["rows"]:
+        lost = f"{row['lost']['median']:.0f} ({row['lost']['max']})" if row["lost"] else "–"
+        counts = [str(row[key]) for key in ("cases", "equal", "hung", "nothing_saved_yet")]
+        lines.append([row["kind"], *counts, lost, f"{row['seconds_to_end']['max']:.1f}"])
+    return _markdown(head, lines)
+
+
 def main() -> None:
     """Print all of them."""
     place = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    records = {name: json.loads((place / f"{name}.json").read_text()) for name in ("upsilon", "step", "attack")}
+    names = ("upsilon", "step", "attack", "faults")
+    records = {name: json.loads((place / f"{name}.json").read_text()) for name in names}
     more = json.loads((place / "attack_preact_resnet18.json").read_text())
     head = ["network", *(row["norm"] for row in more["rows"])]
     print(upsilon(records["upsilon"]), step(records["step"]), sep="\n\n", end="\n\n")
-    print(_line(head), _line(["---"] * len(head)), attack(records["attack"]), attack(more), sep="\n")
+    print(_line(head), _line(["---"] * len(head)), attack(records["attack"]), attack(more), sep="\n", end="\n\n")
+    print(faults(records["faults"]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from wdat import models
-from wdat.callbacks import AttackLog, RobustEvaluation, StepCost, WorkProgress
+from wdat.callbacks import AttackLog, GracefulStop, LastCheckpoint, RobustEvaluation, StepCost, WorkProgress
 from wdat.data import ImageDataModule
 from wdat.models import LOCAL, zoo
 from wdat.threat import ThreatModel
@@ -40,6 +40,7 @@ CONTRACT = {
     "logger": ("csv wandb tensorboard", ""),
     "trainer": ("default", "cpu gpu ddp"),
     "callbacks": ("default", "none"),
+    "averaging": ("none ema", ""),
 }
 
 
@@ -242,7 +243,8 @@ def test_callbacks(composed, choice, tmp_path):
     built = list(map(instantiate, config.callbacks.values()))
     if choice != "default":
         return
-    assert {RobustEvaluation, AttackLog, StepCost, WorkProgress, ModelCheckpoint} == set(map(type, built))
+    wanted = {RobustEvaluation, AttackLog, StepCost, WorkProgress, ModelCheckpoint, LastCheckpoint, GracefulStop}
+    assert wanted == set(map(type, built))
     evaluation = next(c for c in built if isinstance(c, RobustEvaluation))
     assert evaluation.pointwise.pointwise
     assert not evaluation.distributional.pointwise
@@ -253,6 +255,17 @@ def test_callbacks(composed, choice, tmp_path):
     checkpoints = [c for c in built if isinstance(c, ModelCheckpoint)]
     assert (checkpoints[0].monitor, checkpoints[0].mode) == ("val/acc_clean", "max")
     assert {Path(c.dirpath) for c in checkpoints} == {tmp_path / "checkpoints"}
+
+
+@pytest.mark.parametrize("choice", choices("averaging"))
+def test_averaging(choice):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(overrides=[f"+averaging={choice}"]).averaging
+    averaging = instantiate(config)
+    if choice == "none":
+        assert averaging is None
+    else:
+        assert (averaging.decay, averaging.start) == (0.995, 0)
 
 
 @pytest.mark.parametrize("choice", choices("logger"))

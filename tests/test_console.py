@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from rich.console import Console
 
 from wdat.console import before_after, figures, percent, quiet_libraries, readable_errors
-from wdat.errors import ConstraintError, SettingError
+from wdat.errors import ConstraintError, RunError, SettingError, Stopped
 from wdat.records import Record
 
 
@@ -73,12 +73,38 @@ def test_other_errors_keep_their_traceback(error):
     assert found.value is error
 
 
-def test_interrupts_and_exits_pass():
-    for kind in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), readable_errors():
-            raise kind
+def test_exits_pass():
+    with pytest.raises(SystemExit) as left, readable_errors():
+        raise SystemExit(5)
+    assert left.value.code == 5
     with readable_errors():
         pass
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (
+            Stopped(15, "stopped by SIGTERM; go on with resume=[run]"),
+            143,
+            "stopped by SIGTERM; go on with resume=[run]\n",
+        ),
+        (RunError("no room"), 1, "error: no room\n"),
+    ],
+)
+def test_stops_and_failed_runs_leave_with_their_status(stop, status, said, capsys):
+    with pytest.raises(SystemExit) as left, readable_errors():
+        raise stop
+    assert left.value.code == status
+    assert capsys.readouterr().err == said
+
+
+def test_a_failed_run_is_found_in_what_it_was_wrapped_in(capsys):
+    with pytest.raises(SystemExit) as left, readable_errors():
+        raise wrapped(RunError("no room"), ValueError)
+    assert left.value.code == 1
+    assert "no room" in capsys.readouterr().err
 
 
 def record(stage, attack, accuracy, delta=0.1, split="test", **other):

@@ -238,6 +238,8 @@ BAD = {
     "split=train": ["split", "train"],
     "batch_size=0": ["batch_size"],
     "device=gpu": ["device", "gpu"],
+    "process_timeout=0": ["process_timeout=0", "seconds"],
+    "process_timeout=soon": ["process_timeout=soon", "seconds"],
     "certified=none.npy": ["certified=none.npy"],
     "attack_options.wpgd.steps=0": ["wpgd", "steps=0"],
     "attack_options.wpgd.steps=abc": ["steps", "abc"],

@@ -12,7 +12,9 @@ import wdat
 ROOT = Path(wdat.__file__).parent
 BASE = ("errors", "seeding", "batch", "processes", "guard")
 ORDER = [
-    BASE,
+    ("errors",),
+    tuple(part for part in BASE if part != "errors"),
+    ("team",),
     ("threat", "losses", "records"),
     ("gradients", "console"),
     ("sensitivity",),
@@ -29,6 +31,9 @@ LEAVES = {  # injected or called from above; each imports these and itself only
     "metrics": set(BASE),
     "schedules": set(BASE),
     "resume": {*BASE, "records"},
+    "checkpoints": {"errors"},
+    "launch": {"errors"},
+    "loggers": {"errors"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import wdat
-from wdat.processes import ALONE, Processes, current
+from wdat import processes as module
+from wdat.errors import RunError, SettingError
+from wdat.processes import ALONE, Processes, cause, current, from_first, to_first
+from wdat.processes import together as agreed
 
 
 def test_alone_gives_back_what_it_gets():
@@ -25,6 +28,73 @@ def test_alone_gives_back_what_it_gets():
 def test_without_a_group_this_process_is_alone():
     assert current(torch.device("cpu")) is ALONE
     assert isinstance(ALONE, Processes)
+
+
+def raising(processes, errors):
+    """What each process raises after a block in which it has the error `errors[rank]`, or none."""
+    try:
+        with agreed(processes):
+            if errors[processes.rank]:
+                raise errors[processes.rank]
+    except Exception as error:
+        return error
+    return None
+
+
+def test_an_error_on_any_process_is_raised_on_all(together):
+    fault = SettingError("data.path=x: no such file")
+    found = together(3, lambda p: raising(p, [None, fault, None]))
+    assert found[1] is fault
+    for other in (found[0], found[2]):
+        assert isinstance(other, SettingError)
+        assert str(other) == "process 1: data.path=x: no such file"
+    found = together(2, lambda p: raising(p, [KeyError("k"), None]))
+    assert isinstance(found[0], KeyError)
+    assert isinstance(found[1], RunError)
+    assert str(found[1]) == "process 0: KeyError: 'k'"
+
+
+def test_where_all_have_an_error_each_raises_its_own(together):
+    faults = [SettingError("a"), ValueError("b"), RunError("c")]
+    assert together(3, lambda p: raising(p, faults)) == faults
+
+
+def test_without_an_error_nothing_is_raised(together):
+    assert together(2, lambda p: raising(p, [None, None])) == [None, None]
+    assert raising(ALONE, [None]) is None
+    fault = KeyError("k")
+    assert raising(ALONE, [fault]) is fault
+
+
+def test_a_setting_is_told_whatever_it_was_wrapped_in(together):
+    inner = SettingError("model.name=x is unknown")
+    wrapped = RuntimeError("Error in call to target")
+    wrapped.__cause__ = inner
+    assert cause(wrapped) is inner
+    found = together(2, lambda p: raising(p, [None, wrapped]))
+    assert isinstance(found[0], SettingError)
+    assert str(found[0]) == "process 1: model.name=x is unknown"
+    assert found[1] is wrapped
+
+
+@pytest.mark.parametrize("parts", [[[2, 0, 5, 1], [4, 3]], [[], [0, 1, 2, 3, 4]], [[1], [], [0, 2]], [[0]]])
+def test_a_whole_set_is_brought_together_and_divided_anew(together, monkeypatch, parts):
+    monkeypatch.setattr(module, "PIECE", 2)
+    size = sum(map(len, parts))
+    values = torch.arange(6.0).view(-1, 1).repeat(1, 3)[:size]
+
+    def one(p):
+        rows = torch.tensor(parts[p.rank], dtype=torch.int64)
+        whole = to_first(values[rows], rows, p)
+        back = from_first(whole, values[:0], rows, p)
+        other = torch.arange(p.rank, size, p.world)
+        return whole, back, from_first(whole, values[:0], other, p)
+
+    for rank, (whole, back, other) in enumerate(together(len(parts), one)):
+        assert (whole is None) == (rank > 0)
+        assert rank > 0 or torch.equal(whole, values)
+        assert torch.equal(back, values[parts[rank]])
+        assert torch.equal(other, values[rank :: len(parts)])
 
 
 PROGRAM = """

@@ -307,6 +307,8 @@ BAD = {
     "data.num_classes=7": ["data.num_classes", "10"],
     "objective.beta_w=-1": ["objective.beta_w", "negative"],
     "sensitivity.every=0": ["sensitivity.every", "at least 1"],
+    "averaging=ema averaging.decay=1": ["averaging.decay"],
+    "averaging=ema averaging.start=1": ["averaging.start"],
     "sensitivity.window=0": ["sensitivity.window", "at least 1", "null"],
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
     "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.errors import InstantiationException
 from omegaconf.errors import MissingMandatoryValue
@@ -15,28 +17,61 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wdat.errors import SettingError
+from wdat.errors import RunError, SettingError, Stopped
 from wdat.records import Record
+
+
+def printable(text: object) -> str:
+    """Text that can't steer a terminal: control and formatting characters, but for line ends, as their escapes."""
+    return "".join(
+        c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: brackets in names and paths are no markup, nothing steers the terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, "soft_wrap": True, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every piece of plain text that is printed, alone or in a table, comes through here."""
+        return super().render_str(printable(text), **options)
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Print a `SettingError` in a line or two and leave with status 2, whatever it was wrapped in on its way."""
+    """Print what was meant for the user in a line or two, whatever it was wrapped in on its way, and leave.
+
+    The status is 2 after a `SettingError`, 1 after a `RunError`, and 128 and the signal's number after a stop.
+    """
     try:
         yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Stopped) else int(signal.SIGINT)
+        Console(stderr=True, soft_wrap=True).print(Text(str(stop) or "stopped"))
+        sys.exit(128 + number)
     except Exception as error:
         message = _message(error)
         if message is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", message))
-        sys.exit(2)
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
+        sys.exit(1 if _cause(error, RunError) else 2)
+
+
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The first error of a kind in the chain that led to this one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kind):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def _message(error: BaseException) -> str | None:
     """What to tell the user of an error in the settings; None for any other error."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, SettingError):
+        if isinstance(cause, (SettingError, RunError)):
             return str(cause)
         if isinstance(cause, MissingMandatoryValue):
             return f"{cause.full_key} must be set: add {cause.full_key}=... to the command line"
@@ -75,7 +110,7 @@ def before_after(records: Sequence[Record], attacks: Sequence[str], delta: float
     about = "" if clean is None else f"{clean.network} on {clean.data}, {clean.n} test images, "
     about += "" if clean is None else f"{clean.norm} budget δ = {delta:.4g} ({255 * delta:.3g}/255)"
     table = Table(
-        title=Text(f"Accuracy in percent [95 % interval]\n{about}"),
+        title=_literal(f"Accuracy in percent [95 % interval]\n{about}"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -84,9 +119,9 @@ def before_after(records: Sequence[Record], attacks: Sequence[str], delta: float
     table.add_column("", no_wrap=True)
     for attack, _ in columns:
         table.add_column(
-            _title(attack, found["after", attack] or found["before", attack]), justify="right", no_wrap=True
+            _literal(_title(attack, found["after", attack] or found["before", attack])), justify="right", no_wrap=True
         )
-    table.add_column(f"Υ\n{clean.loss if clean else ''}", justify="right", no_wrap=True)
+    table.add_column(_literal(f"Υ\n{clean.loss if clean else ''}"), justify="right", no_wrap=True)
     for stage in ("before", "after"):
         cells = [_cell(found[stage, attack]) for attack, _ in columns]
         first = found[stage, "none"]
@@ -107,6 +142,11 @@ def _title(attack: str, record: Record | None) -> str:
     return f"{kind}\n{attack} {record.loss}"
 
 
+def _literal(text: str) -> Text:
+    """Text that is shown as it is, whatever it says: brackets in names from records are no markup."""
+    return Text(printable(text))
+
+
 def _cell(r: Record | None) -> Text:
     if r is None:
         return Text("–")
@@ -118,7 +158,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     last = records[-1]
     about = f"{last.network} on {last.data}, {last.n} {last.split} images, {last.norm}"
     table = Table(
-        title=Text(f"Accuracy in percent [95 % interval]\n{about}"), title_justify="left",
+        title=_literal(f"Accuracy in percent [95 % interval]\n{about}"), title_justify="left",
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for title in ("attack", "loss", "threat", "budget δ", "accuracy", "distance", "seconds"):
@@ -128,8 +168,8 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         threat = "–" if clean else f"W_{r.p:g}"
         bound = {"upper": " ≤", "lower": " ≥"}.get(str(r.details.get("bound", "")), "")
         table.add_row(
-            "clean" if clean else r.attack + bound, r.loss, threat, "–" if clean else f"{r.delta:.3g}",
-            _cell(r), "–" if clean else f"{r.distance:.3g}", f"{r.seconds:.1f}",
+            _literal("clean" if clean else r.attack + bound), _literal(r.loss), threat,
+            "–" if clean else f"{r.delta:.3g}", _cell(r), "–" if clean else f"{r.distance:.3g}", f"{r.seconds:.1f}",
         )  # fmt: skip
     return table
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+DIVERGED = (
+    "go on from the last good checkpoint with a smaller schedule.optimizer.lr, with trainer.gradient_clip_val=1 or "
+    "with trainer.precision=32-true"
+)
+
 
 class SettingError(ValueError):
     """A setting or an input that can't be used.
@@ -12,6 +17,23 @@ class SettingError(ValueError):
     The message is one or two sentences: what is wrong, which setting it is, what to do. The scripts print it
     without a traceback.
     """
+
+
+class RunError(RuntimeError):
+    """A run can't go on; the message says what stands and what to try. Printed without a traceback."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop and has saved itself; not an error, so that nothing handles it as one.
+
+    Args:
+        number: The signal.
+        message: What to tell the user.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class ConstraintError(RuntimeError):

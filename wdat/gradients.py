@@ -37,8 +37,12 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
         loss: Per-sample loss.
         batch_size: Images per pass.
     """
+    if not len(x):
+        logits = forward(network, x)
+        nothing = x.new_zeros(0, dtype=torch.bool)
+        return Gradients(torch.zeros_like(x), loss(logits, target), logits, nothing)
     parts = []
-    for start in range(0, max(len(x), 1), batch_size):
+    for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
         parts.append(gradients_of(images, network(images), target[rows], loss))
@@ -67,6 +71,12 @@ def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, ret
 
 
 def forward(network: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
-    """Logits (N, K) of all images, without gradients, in passes of `batch_size`."""
+    """Logits (N, K) of all images, without gradients, in passes of `batch_size`.
+
+    Not every network accepts an empty batch, so the width K for no images is that of a blank one.
+    """
     with torch.no_grad():
-        return torch.cat([network(x[i : i + batch_size]) for i in range(0, max(len(x), 1), batch_size)])
+        if not len(x):
+            blank: Tensor = network(x.new_zeros((1, *x.shape[1:])))
+            return blank[:0]
+        return torch.cat([network(x[i : i + batch_size]) for i in range(0, len(x), batch_size)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,16 +17,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wdat.attacks import Attack, AttackResult, Context
 from wdat.batch import Batch
-from wdat.errors import SettingError
+from wdat.errors import DIVERGED, RunError, SettingError
 from wdat.guard import undisturbed
 from wdat.losses import log_probabilities
 from wdat.metrics import CountAccuracy
 from wdat.objectives import Objective
-from wdat.processes import current
+from wdat.processes import Processes, current
 from wdat.seeding import generator
 from wdat.sensitivity import Estimator
 from wdat.threat import ThreatModel
 
+TERMS = ("loss", "loss_clean", "loss_pointwise", "loss_distributional")
 START_NOISE = 0.001  # standard deviation of the random start in pixel units, as in TRADES
 
 
@@ -106,6 +108,8 @@ class WDATModule(L.LightningModule):
         """One step on one process's part of a global batch."""
         x, y = batch.x, batch.y
         objective, network = self.objective, self.network
+        # Dropout draws from the global stream: a function of seed, step and process, so that a resumed run draws alike.
+        torch.manual_seed(generator(self.seed, "dropout", batch.step, current(self.device).rank).initial_seed())
         if objective.uses_attack:
             self._measure(batch.step)
         logits, context = self._clean_pass(batch)
@@ -120,11 +124,39 @@ class WDATModule(L.LightningModule):
         if objective.needs_logits and logits is None:
             logits = network(x)
         terms = objective(network, logits, y, x_p, x_w)
-        for key in ("loss", "loss_clean", "loss_pointwise", "loss_distributional"):
-            value = getattr(terms, key)
-            if value is not None:
-                self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
-        return terms.loss
+        share = len(y) * context.processes.world / batch.size  # 1 but where the processes' parts are unequal
+        self._log_terms(batch, {key: getattr(terms, key) for key in TERMS}, context.processes)
+        return terms.loss * share if share != 1 else terms.loss
+
+    def _log_terms(self, batch: Batch, terms: dict[str, Tensor | None], processes: Processes) -> None:
+        """Log the averages over the global batch, and stop all processes where they aren't finite.
+
+        Raises:
+            RunError: If the loss isn't finite; nothing has been updated yet.
+        """
+        present = {key: value.detach() for key, value in terms.items() if value is not None}
+        mine: list[float] = torch.stack(list(present.values())).double().tolist()
+        means = processes.sum([value * len(batch.y) / batch.size for value in mine])
+        if not all(map(math.isfinite, means)):
+            raise RunError(self._not_finite(batch, mine[0]))
+        for key, value in zip(present, means, strict=True):
+            self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
+
+    def _not_finite(self, batch: Batch, loss: float) -> str:
+        """What is known of a loss that isn't finite on this process's part of the batch, and what to try."""
+        rows = batch.index.tolist()
+        with undisturbed(self.network), torch.no_grad():
+            fine = self.network(batch.x).isfinite().all(1)
+        broken = batch.index[~fine].tolist()
+        if len(broken) == len(rows):
+            where = "the network gives no finite logits at all: its weights have diverged"
+        elif broken:
+            where = f"the training images {broken} have no finite logits"
+        elif not math.isfinite(loss):
+            where = f"the clean logits are finite; look at the perturbed images of the training images {rows}"
+        else:
+            where = "it is finite in this process's part of the batch"
+        return f"the loss of step {batch.step} is not finite ({where}). No update was made: {DIVERGED}"
 
     def _clean_pass(self, batch: Batch) -> tuple[Tensor | None, Context]:
         """The clean logits where the attacks can use them too, and what the attacks need to know.
@@ -179,6 +211,7 @@ class WDATModule(L.LightningModule):
         with undisturbed(self.network):
             for batch in data.train_batches(index, step, processes.rank, processes.world):
                 part = self.transfer_batch_to_device(batch, self.device, 0)
+                part = self.trainer.precision_plugin.convert_input(part)
                 place.append(part.place)
                 norms.append(self.attack.norms(self.network, part.x, part.y, self.threat))
                 done += len(part.place) * processes.world

@@ -6,11 +6,17 @@ What shares a budget is a *set*, and a set may be spread over several processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from wdat.errors import RunError, SettingError
+
+PIECE = 512  # rows of a process that travel at once where a whole set is brought together
 
 
 class Processes:
@@ -19,10 +25,12 @@ class Processes:
     Attributes:
         rank: This process's number, from 0.
         world: How many processes share the set.
+        device: Where the tensors must be that travel between processes.
     """
 
     rank: int = 0
     world: int = 1
+    device: torch.device = torch.device("cpu")
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over the processes, in float64."""
@@ -36,17 +44,49 @@ class Processes:
         """All processes' rows, in the order of their ranks; the numbers of rows may differ."""
         return values
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every process where any has an error, so that none is left waiting for the others.
+
+        Args:
+            error: This process's own, or None.
+
+        Raises:
+            Exception: This process's own error; where it has none, a `SettingError` or `RunError` that tells the
+                first one of the others.
+        """
+        if not self.sum([float(error is not None)])[0]:
+            return
+        said = error and cause(error)
+        known = isinstance(said, (SettingError, RunError))
+        text = str(said) if known else f"{type(said).__name__}: {said}"
+        told = {"rank": self.rank, "setting": isinstance(said, SettingError), "text": text}
+        line = [] if error is None else list(json.dumps(told).encode() + b"\n")
+        lines = self.gather(torch.tensor(line, dtype=torch.uint8, device=self.device))
+        if error is not None:
+            raise error
+        first = json.loads(bytes(lines.tolist()).splitlines()[0])
+        raise (SettingError if first["setting"] else RunError)(f"process {first['rank']}: {first['text']}")
+
+
+def cause(error: BaseException) -> BaseException:
+    """The `SettingError` or `RunError` that an error was made of on its way; the error itself if there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, (SettingError, RunError)):
+        found = found.__cause__ or found.__context__
+    return found or error
+
 
 class TorchProcesses(Processes):
     """All processes of the default group of `torch.distributed`; every one must make the same calls."""
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.world, self._device = dist.get_rank(), dist.get_world_size(), device
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, op=op)
-        return [float(v) for v in tensor.tolist()]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self._others_reached():
+            dist.all_reduce(tensor, op=op)
+            return [float(v) for v in tensor.tolist()]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -56,12 +96,26 @@ class TorchProcesses(Processes):
 
     def gather(self, values: Tensor) -> Tensor:
         counts = [int(c) for c in self.sum([float(values.shape[0]) * (r == self.rank) for r in range(self.world)])]
-        longest = max(counts)
-        padded = values.new_zeros((longest, *values.shape[1:]))
+        if not any(counts):
+            return values
+        padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: values.shape[0]] = values
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        with self._others_reached():
+            dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @contextmanager
+    def _others_reached(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RunError(
+                f"process {self.rank} waited in vain for the others ({reason}): one of them has failed, and says why, "
+                "or was late by more than the time limit (process_timeout in evaluate.py, the strategy's timeout in "
+                "training)"
+            ) from error
 
 
 ALONE = Processes()
@@ -72,3 +126,55 @@ def current(device: torch.device) -> Processes:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return TorchProcesses(device)
     return ALONE
+
+
+@contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """Raise on all processes what the block raises on any of them.
+
+    Args:
+        processes: Those that all pass through the block; inside it none may wait for another.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    processes.agree(error)
+
+
+def to_first(values: Tensor, rows: Tensor, processes: Processes) -> Tensor | None:
+    """The values of a whole set on the first process, on its CPU; None on the others.
+
+    Args:
+        values: (N, ...), this process's part.
+        rows: (N,), its places in the set.
+        processes: Hold the other parts.
+    """
+    size = int(processes.sum([float(len(values))])[0])
+    whole = torch.empty((size, *values.shape[1:]), dtype=values.dtype) if processes.rank == 0 else None
+    for start in range(0, int(processes.max(float(len(values)))), PIECE):
+        piece = processes.gather(values[start : start + PIECE])
+        place = processes.gather(rows[start : start + PIECE])
+        if whole is not None:
+            whole[place.cpu()] = piece.cpu()
+    return whole
+
+
+def from_first(whole: Tensor | None, like: Tensor, rows: Tensor, processes: Processes) -> Tensor:
+    """This process's part of values that only the first process has; the inverse of `to_first`.
+
+    Args:
+        whole: The values of the whole set, in its order, on the first process; elsewhere it isn't looked at.
+        like: (0, ...), has the dtype, the device and the shape of a row.
+        rows: (N,), this process's places in the set.
+        processes: Share the set.
+    """
+    size = int(processes.sum([float(len(rows))])[0])
+    mine = like.new_empty((len(rows), *like.shape[1:]))
+    for start in range(0, size, PIECE):
+        part = like if whole is None or processes.rank else whole[start : start + PIECE].to(like)
+        piece = processes.gather(part)
+        here = (rows >= start) & (rows < start + len(piece))
+        mine[here] = piece[rows[here] - start]
+    return mine

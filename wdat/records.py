@@ -124,10 +124,27 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:
-        """The inverse of `to_json`; unknown keys, from a newer version, are left out."""
-        known = {f.name for f in fields(cls)}
+        """The inverse of `to_json`; unknown keys, from a newer version, are left out.
+
+        Raises:
+            TypeError: If a value is of another kind than its field: what a page or a picture shows is what it says.
+        """
+        known = {f.name: _KINDS[str(f.type)] for f in fields(cls)}
         kept: dict[str, Any] = {k: v for k, v in values.items() if k in known}
-        return cls(**{**kept, "p": float(kept["p"])})
+        kept["p"] = float(kept["p"])
+        for name, value in kept.items():
+            if not isinstance(value, known[name]) or isinstance(value, bool):
+                raise TypeError(f"its {name} is a {type(value).__name__}")
+        return cls(**kept)
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {  # the kinds of JSON values that a field may have, by its annotation
+    "str": (str,), "str | None": (str, type(None)),
+    "int": (int,), "int | None": (int, type(None)),
+    "float": (*_NUMBER, type(None)), "float | None": (*_NUMBER, type(None)),  # what isn't finite is written as null
+    "dict[str, Any]": (dict,), "dict[str, str]": (dict,),
+}  # fmt: skip
 
 
 def _finite(value: Any) -> Any:
@@ -159,8 +176,15 @@ def read(path: Path) -> list[Record]:
         if not isinstance(values, list):
             raise TypeError("not a list")
         return [Record.from_json(v) for v in values]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise SettingError(f"{path} isn't a list of records ({error}); move it away and run again") from error
+
+
+def _measured(record: Record) -> tuple[Any, ...]:
+    """What an epoch's record is a measurement of."""
+    return (
+        record.stage, record.epoch, record.split, record.attack, record.loss, record.p, record.norm, record.delta,
+    )  # fmt: skip
 
 
 class RecordBook:
@@ -168,14 +192,22 @@ class RecordBook:
 
     Args:
         path: The file; None keeps the records in memory only (processes other than the first).
+        fresh: Begin anew, whatever the file holds.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, fresh: bool = False) -> None:
         self.path = path
-        self.records = read(path) if path else []
+        self.records = read(path) if path and not fresh else []
+
+    def forget(self, stage: str) -> None:
+        """Leave out the records of a stage, which is measured anew."""
+        self.records = [record for record in self.records if record.stage != stage]
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file."""
-        self.records.extend(records)
+        """Append records and write the file; an epoch that is trained anew after a stop replaces its records."""
+        for record in records:
+            if record.stage == "epoch":
+                self.records = [old for old in self.records if _measured(old) != _measured(record)]
+            self.records.append(record)
         if self.path:
             write(self.path, self.records)

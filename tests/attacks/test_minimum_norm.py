@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,11 +129,36 @@ def test_the_same_seed_gives_the_same_points_and_the_network_stays(problem):
         assert torch.equal(value, before[name])
 
 
-def test_the_batch_size_hardly_matters(problem):
+def test_neither_the_batch_size_nor_the_other_images_matter(problem):
+    """Random starts belong to an image's place in the set, so any part of the set finds what the whole set does."""
     network, x, y = problem(n=30)
-    whole = _flips(network, x, y, "l2").distances
-    parts = _flips(network, x, y, "l2", Search(steps=30, batch_size=7)).distances
-    assert_close(parts, whole, rtol=0.05, atol=0)
+    search = Search(steps=20, starts=3, seed=5)
+    whole = _flips(network, x, y, "l2", search)
+    batches = _flips(network, x, y, "l2", replace(search, batch_size=7))
+    rows = torch.arange(1, 30, 3)
+    with undisturbed(network):
+        part = nearest_flips(network, x[rows], y[rows], "l2", search, rows=rows)
+        elsewhere = nearest_flips(network, x[rows], y[rows], "l2", search)
+    for found, wanted in ((batches, whole.distances), (part, whole.distances[rows])):
+        assert_close(found.distances, wanted, rtol=1e-9, atol=0)
+    assert [passes for passes, _ in batches.effort] == [passes for passes, _ in whole.effort]
+    assert not torch.equal(elsewhere.distances, part.distances), "random starts that matter"
+
+
+def test_the_effort_counts_every_image():
+    """Also those of batches in which all are misclassified, and has the same stages for no image at all."""
+    network, x, y = _linear(n=6)
+    for search in (Search(steps=3, batch_size=1), Search(steps=3, fab=2), Search(steps=3, targets=0, fab=2, starts=1)):
+        found, none = _flips(network, x, y, "linf", search), _flips(network, x[:0], y[:0], "linf", search)
+        wrong = _flips(network, x[:1], y[:1], "linf", search)
+        assert [len(then) for _, then in found.effort] == [6] * len(found.effort)
+        for _, then in found.effort:
+            assert (then[network(x).argmax(1) != y] == 0).all()
+        stages = [passes for passes, _ in found.effort]
+        assert len(stages) == search.starts + search.targets + bool(search.fab)
+        for other in (none, wrong):
+            assert [passes for passes, _ in other.effort] == stages
+        assert [len(then) for _, then in none.effort] == [0] * len(stages)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -159,7 +185,7 @@ def test_reports_its_progress(problem):
     assert seen[-1][0] == seen[-1][1] == 3 * 5
 
 
-@pytest.mark.parametrize("setting", ["starts", "steps", "batch_size", "targets", "fab", "bisections"])
+@pytest.mark.parametrize("setting", ["starts", "steps", "batch_size", "targets", "fab", "bisections", "seed"])
 def test_impossible_settings_are_named(setting):
     with pytest.raises(SettingError, match=f"attack_options.knapsack.{setting}"):
         Search(**{setting: -1})

@@ -22,7 +22,7 @@ def run(module, *arguments):
 def test_the_tables_of_the_readme_are_made_from_the_records():
     readme = (ROOT / "README.md").read_text()
     tables = run("summary").strip().split("\n\n")
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert table in readme
 

@@ -25,6 +25,10 @@ def result(radii, p=2.0, distances=None):
     return AttackResult(x, moved, 0.0, radii, ThreatModel(p, "linf", 0.1), None, None, len(x), 0)
 
 
+def figures_of(result):
+    return radius_figures(result.distances if result.radii is None else result.radii, result.threat.p)
+
+
 @pytest.mark.parametrize(
     ("given", "largest", "share", "zeros"),
     [
@@ -43,7 +47,7 @@ def result(radii, p=2.0, distances=None):
     ],
 )
 def test_closed_forms(given, largest, share, zeros):
-    found = radius_figures(given)
+    found = figures_of(given)
     assert set(found) == FIGURES
     assert found["radius_max"] == pytest.approx(largest)
     assert found["top1_share"] == pytest.approx(share)
@@ -67,7 +71,7 @@ def test_figures_of_each_step_reach_the_file(name, digits, make_module, make_tra
         assert 0 < row["train/radius_max"] <= 16 * 0.1
         assert 1 / 16 - 1e-6 <= row["train/top1_share"] <= 1
         assert 0 <= row["train/zero_radii"] < 1
-    last = {f"train/{k}": v for k, v in radius_figures(module.last_attack).items()}
+    last = {f"train/{k}": v for k, v in figures_of(module.last_attack).items()}
     last["train/upsilon"] = module.sensitivity.upsilon()
     assert {key: logged[-1][key] for key in last} == pytest.approx(last, rel=1e-5)
 

@@ -46,7 +46,8 @@ class _Log:
 class AutoAttack(Attack):
     """The ensemble of parameter-free attacks; each sub-attack gets the images that the earlier ones couldn't break.
 
-    An image that stays correct is returned as it was.
+    An image that stays correct is returned as it was. Its random numbers belong to batches, so `batch_size` and the
+    number of processes may decide about single images.
 
     Attributes:
         version: `standard` (APGD-CE, targeted APGD and FAB, Square), `plus` (all six, with restarts), `rand` (for
@@ -82,9 +83,11 @@ class AutoAttack(Attack):
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         radii = torch.full((len(x),), threat.delta, dtype=x.dtype, device=x.device)
-        if not len(x) or threat.delta == 0:
+        if threat.delta == 0:
             return Moved(x, radii, threat.delta)
         self._check(x, forward(network, x[:1]).shape[1], threat.norm)
+        if not len(x):
+            return Moved(x, radii, threat.delta)
         log = _Log()
         with as_found(x.device):
             x_adv = self._ensemble(network, x, y, threat, log, context)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wdat.errors import ConstraintError, SettingError
 from wdat.gradients import forward
 from wdat.guard import ordinary, undisturbed
-from wdat.processes import ALONE, Processes
+from wdat.processes import ALONE, Processes, together
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel
 
@@ -27,7 +27,8 @@ class Context:
     Attributes:
         processes: The processes that share the set's budget.
         sensitivity: Υ of the training set; None where the images at hand are the whole set.
-        index: (N,), rows of the images in the training set; wanted by estimators that keep one value an image.
+        index: (N,), rows of the images in the training set, wanted by estimators that keep one value an image; in
+            evaluation their places in the whole set, wanted by attacks that draw random numbers for each image.
         noise: Draws (N, ...), the start offset of uniform radii, as TRADES has it; None starts at the images.
         log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
         clean_pass: The images with `requires_grad` and the logits in eval mode that the network made of them, where
@@ -185,14 +186,14 @@ class Attack(ABC):
         own = self.threat_of(threat)
         x, y = ordinary(x, y)
         if not context.training:
-            check_images(network, x, y)
+            with together(context.processes):
+                check_images(network, x, y)
         with undisturbed(network), _precision(x.device, context.training):
             moved = self._run(network, x, y, own, context)
-            if moved.x_adv.shape != x.shape:
-                raise ConstraintError(f"{self.name} returned {tuple(moved.x_adv.shape)} for images {tuple(x.shape)}")
-            distances = own.distances(x, moved.x_adv)
+            with together(context.processes):
+                distances = _verified_distances(self.name, x, moved, own)
             length = own.length(distances, context.processes)
-            _verify(self.name, x, moved, distances, length)
+            _verify_length(self.name, x, moved, length)
             result = AttackResult(
                 x_adv=moved.x_adv, distances=distances, distance=length, radii=moved.radii, threat=own,
                 norms=moved.norms, loss_mean=moved.loss_mean, set_size=len(x), dropped=moved.dropped,
@@ -222,21 +223,34 @@ class Attack(ABC):
         """Move the images. `network` is guarded, `threat` is the attack's own."""
 
 
-def _verify(name: str, x: Tensor, moved: Moved, distances: Tensor, length: float) -> None:
-    """Check what the attack returned against its threat; trusts nothing that the attack says about `x_adv`."""
+def _rounding(x: Tensor) -> float:
+    """What rounding may add to a distance; one in l2 sums the roundings of all pixels."""
+    return float(4 * torch.finfo(x.dtype).eps * x.shape[1:].numel() ** 0.5)
+
+
+def _verified_distances(name: str, x: Tensor, moved: Moved, threat: ThreatModel) -> Tensor:
+    """How far each image was moved; trusts nothing that the attack says about `x_adv`."""
     x_adv = moved.x_adv
+    if x_adv.shape != x.shape:
+        raise ConstraintError(f"{name} returned {tuple(x_adv.shape)} for images {tuple(x.shape)}")
     if moved.radii is None and moved.length is None:
         raise ConstraintError(f"{name} states no bound that its images could be verified against")
-    rounding = 4 * torch.finfo(x.dtype).eps
-    if x_adv.numel() == 0:
-        return
+    distances = threat.distances(x, x_adv)
+    if not x_adv.numel():
+        return distances
     low, high = float(x_adv.min()), float(x_adv.max())
     if not (low >= 0 and high <= 1):  # false for NaN too
+        if bool(x.isnan().any()):
+            return distances  # not the attack's fault; training looks at the loss, evaluation at the images
         raise ConstraintError(f"{name} returned pixels in [{low:g}, {high:g}], outside [0, 1]")
     if moved.radii is not None:
         excess = float((distances - moved.radii * (1 + TOLERANCE)).max())
-        # An l2 distance sums the roundings of all pixels.
-        if not excess <= rounding * x[0].numel() ** 0.5:
+        if not excess <= _rounding(x):
             raise ConstraintError(f"{name} moved an image {excess:g} beyond its radius")
-    if moved.length is not None and not length <= moved.length * (1 + TOLERANCE) + rounding * x[0].numel() ** 0.5:
+    return distances
+
+
+def _verify_length(name: str, x: Tensor, moved: Moved, length: float) -> None:
+    """Check the length of the whole set's move, which all processes know."""
+    if moved.length is not None and not length <= moved.length * (1 + TOLERANCE) + _rounding(x):
         raise ConstraintError(f"{name} moved the set by {length:g}, beyond its budget {moved.length:g}")

@@ -12,6 +12,7 @@ from wdat.attacks.base import Attack, Context, Moved
 from wdat.attacks.knapsack_allocation import Allocation, bootstrap, curve, solve
 from wdat.attacks.minimum_norm import Flips, Search, nearest_flips
 from wdat.guard import ordinary, undisturbed
+from wdat.processes import together
 from wdat.threat import ThreatModel
 
 CURVE_POINTS = 64
@@ -56,11 +57,15 @@ class Knapsack(Attack):
         """Search the nearest flips of this process's images (N, C, H, W), labels (N,); the network is left as found."""
         x, y = ordinary(x, y)
         with undisturbed(network), torch.autocast(x.device.type, enabled=False):
-            return nearest_flips(network, x, y, norm, self.search, (context or Context()).progress)
+            return self._search(network, x, y, norm, context or Context())
+
+    def _search(self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context) -> Flips:
+        return nearest_flips(network, x, y, norm, self.search, context.progress, context.index)
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         if self.flips is None:
-            flips = nearest_flips(network, x, y, threat.norm, self.search, context.progress)
+            with together(context.processes):
+                flips = self._search(network, x, y, threat.norm, context)
         else:
             flips = self.flips
         whole, optimum = divide(flips, threat, context)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from wdat.attacks.fab import fab_flips
 from wdat.errors import SettingError
 from wdat.gradients import forward, input_gradients
 from wdat.losses import margin
+from wdat.seeding import generator
 from wdat.threat import contract, direction, dual_norm, image_norm, per_image
 
 Report = Callable[[int, int], None]
@@ -51,7 +53,7 @@ class Search:
         steps: Steps of each descent.
         bisections: Halvings between the image and the point found, after each descent.
         batch_size: Images per pass.
-        seed: Of the random starts.
+        seed: Of the random starts, which are drawn for each image by its place in the set.
         fab: Steps of FAB on top; 0 for none.
         fab_targets: Classes that FAB runs towards; 0 runs it once untargeted, where a step costs a pass a class.
     """
@@ -69,7 +71,7 @@ class Search:
         for name in ("starts", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"attack_options.knapsack.{name}={getattr(self, name)} must be at least 1")
-        for name in ("targets", "bisections", "fab", "fab_targets"):
+        for name in ("targets", "bisections", "seed", "fab", "fab_targets"):
             if getattr(self, name) < 0:
                 raise SettingError(f"attack_options.knapsack.{name}={getattr(self, name)} must not be negative")
 
@@ -139,47 +141,67 @@ def _towards(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def _nearest_classes(best: _Best, wanted: int) -> tuple[Tensor, int]:
+def _candidates(wanted: int, classes: int) -> int:
+    """How many classes are looked at for the wanted ones; a gradient pass each."""
+    return min(classes - 1, max(10, wanted))
+
+
+def _nearest_classes(best: _Best, wanted: int) -> Tensor:
     """Where to run to: of the ten classes with the largest logits, those with the nearest linearised boundaries.
 
     Returns:
-        Classes by that distance, (N, at least `wanted`), and the gradient passes that it took.
+        Classes by that distance, (N, at least `wanted`).
     """
     x, y = best.x, best.y
     likely = forward(best.network, x, len(x)).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    likely = likely[:, : min(likely.shape[1] - 1, max(10, wanted))]
+    likely = likely[:, : _candidates(wanted, likely.shape[1])]
     columns = []
     for target in likely.unbind(1):
         g = input_gradients(best.network, x, y, _towards(target), len(x))
         columns.append(-g.loss / dual_norm(g.gradient, best.norm).clamp_min(1e-12))
-    return likely.gather(1, torch.stack(columns, 1).argsort(stable=True, dim=1)), likely.shape[1]
+    return likely.gather(1, torch.stack(columns, 1).argsort(stable=True, dim=1))
 
 
-def _stages(best: _Best, search: Search, generator: torch.Generator) -> Iterator[int]:
-    """The stages of the search on one chunk; each yields the gradient passes an image that it took."""
+def _passes(search: Search, classes: int) -> list[int]:
+    """Gradient passes an image after each stage of the search."""
+    targets = min(search.targets, classes - 1)
+    taken = [search.steps] * (targets + search.starts)
+    if targets:
+        taken[0] += _candidates(targets, classes)
+    if search.fab:
+        taken.append(search.fab * (min(search.fab_targets, classes - 1) or classes))
+    return list(accumulate(taken))
+
+
+def _start(best: _Best, search: Search, start: int, rows: Tensor) -> Tensor:
+    """Where an untargeted descent begins: the nearest points so far, the images themselves where there are none."""
+    if not start:
+        return best.points
+    x = best.x
+    draws = [torch.rand(x.shape[1:], generator=generator(search.seed, "search", start, row)) for row in rows.tolist()]
+    noise = torch.stack(draws).to(x) * 2 - 1
+    reach = best.distances.where(best.distances.isfinite(), best.distances.new_tensor(0.03))
+    return contract(x, x + per_image(reach, x) * noise, reach, best.norm).clamp_(0, 1)
+
+
+def _stages(best: _Best, search: Search, rows: Tensor) -> Iterator[None]:
+    """The stages of the search on one chunk, whose images have the places `rows` (N,) in the set."""
     x, y = best.x, best.y
     classes = forward(best.network, x[:1]).shape[1]
     if targets := min(search.targets, classes - 1):
-        ranked, taken = _nearest_classes(best, targets)
-        for target in ranked[:, :targets].unbind(1):
+        for target in _nearest_classes(best, targets)[:, :targets].unbind(1):
             _descend(best, x, _towards(target), search.steps)
             best.bisect(search.bisections)
-            yield search.steps + taken
-            taken = 0
+            yield
     for start in range(search.starts):
-        z = best.points  # the images themselves where none was found
-        if start:
-            noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x) * 2 - 1
-            reach = best.distances.where(best.distances.isfinite(), best.distances.new_tensor(0.03))
-            z = contract(x, x + per_image(reach, x) * noise, reach, best.norm).clamp_(0, 1)
-        _descend(best, z, margin, search.steps)
+        _descend(best, _start(best, search, start, rows), margin, search.steps)
         best.bisect(search.bisections)
-        yield search.steps
+        yield
     if search.fab:
         points = fab_flips(best.network, x, y, best.norm, search.fab, targets=search.fab_targets, seed=search.seed)
         best.offer(points, forward(best.network, points, len(points)))
         best.bisect(search.bisections)
-        yield search.fab * (min(search.fab_targets, classes - 1) or classes)
+        yield
 
 
 def _settle(network: nn.Module, x: Tensor, y: Tensor, points: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +223,13 @@ def _settle(network: nn.Module, x: Tensor, y: Tensor, points: Tensor, batch_size
 
 
 def nearest_flips(
-    network: nn.Module, x: Tensor, y: Tensor, norm: str, search: Search, report: Report | None = None
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    search: Search,
+    report: Report | None = None,
+    rows: Tensor | None = None,
 ) -> Flips:
     """Search the nearest misclassified point of each image; call it inside `wdat.guard.undisturbed`.
 
@@ -212,43 +240,34 @@ def nearest_flips(
         norm: Ground norm.
         search: How hard to look.
         report: Called with stages done and stages in all.
+        rows: (N,), the images' places in the set, by which random starts are drawn; None for 0 to N − 1.
 
     Returns:
-        Distances that serve every order p and every budget.
+        Distances that serve every order p and every budget. The effort has the same stages for any images, also none.
     """
-    done = torch.Generator().manual_seed(search.seed)
+    places = torch.arange(len(x)) if rows is None else rows.cpu()
     chunks = list(range(0, len(x), search.batch_size))
+    passes = _passes(search, forward(network, x[:1]).shape[1])
     points, distances = x.clone(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    history: list[list[tuple[int, Tensor]]] = []
-    stages = search.starts + bool(search.fab)
-    stages += min(search.targets, forward(network, x[:1]).shape[1] - 1) if len(x) else 0
+    then = distances.expand(len(passes), -1).clone()  # after each stage
     for number, first in enumerate(chunks):
-        rows = slice(first, first + search.batch_size)
-        everyone = _Best(network, x[rows], y[rows], norm)
+        here = slice(first, first + search.batch_size)
+        everyone = _Best(network, x[here], y[here], norm)
         right = (everyone.distances > 0).nonzero().squeeze(1)
-        trace: list[tuple[int, Tensor]] = []
-        points[rows], distances[rows] = everyone.points, everyone.distances
-        if len(right):
-            best = _Best(network, x[rows][right], y[rows][right], norm)
-            passes = 0
-            for stage, taken in enumerate(_stages(best, search, done)):
-                passes += taken
-                now = distances[rows].clone()
-                now[right] = best.distances
-                trace.append((passes, now))
-                if report:
-                    report(number * stages + stage + 1, len(chunks) * stages)
-            points[rows] = points[rows].index_copy(0, right, best.points)
-            distances[rows] = now
-        history.append(trace)
+        if not len(right):
+            if report:
+                report((number + 1) * len(passes), len(chunks) * len(passes))
+            continue
+        best = _Best(network, x[here][right], y[here][right], norm)
+        for stage, _ in enumerate(_stages(best, search, places[here][right.cpu()])):
+            then[stage, first + right] = best.distances
+            if report:
+                report(number * len(passes) + stage + 1, len(chunks) * len(passes))
+        points[first + right], distances[first + right] = best.points, best.distances
     reached = ((distances > 0) & distances.isfinite()).nonzero().squeeze(1)
     if len(reached):
         settled, wrong = _settle(network, x[reached], y[reached], points[reached], search.batch_size)
         points = points.index_copy(0, reached, torch.where(per_image(wrong, x).bool(), settled, x[reached]))
         now = image_norm(points[reached] - x[reached], norm)
         distances = distances.index_copy(0, reached, torch.where(wrong, now, torch.inf))
-    effort = []
-    for stage in range(max(map(len, history), default=0)):
-        parts = [t[stage][1] if stage < len(t) else distances[:0] for t in history]
-        effort.append((max(t[stage][0] for t in history if stage < len(t)), torch.cat(parts)))
-    return Flips(points, distances, effort)
+    return Flips(points, distances, list(zip(passes, then, strict=True)))

@@ -6,8 +6,9 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from wdat.console import PlainConsole
 
 SHOWN = {
     "train/loss": ("loss", "{:.3f}", 1),
@@ -30,7 +31,7 @@ class WorkProgress(ProgressBar):
     def __init__(self, label: str = "epoch") -> None:
         super().__init__()
         self.label = label
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = PlainConsole()
         self._live: Progress | None = None
         self._batches = 0
         self._validated = False

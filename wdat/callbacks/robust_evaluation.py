@@ -17,7 +17,7 @@ from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.run import Progress
 from wdat.guard import ordinary
 from wdat.module import WDATModule
-from wdat.processes import current
+from wdat.processes import current, together
 from wdat.records import Facts, Record, RecordBook
 
 
@@ -53,14 +53,15 @@ class RobustEvaluation(L.Callback):
         self.stage = "evaluate"
         self.progress: Progress | None = None
         self.last: list[Record] = []
-        self._batches: list[Sequence[Any]] = []
+        self._batches: list[Batch] = []
 
     def describe(self, book: RecordBook, facts: Facts, progress: Progress | None = None) -> None:
         """Where records go, what they say of the run, and who is told of the progress."""
         self.book, self.facts, self.progress = book, facts, progress
 
     def _collect(self, batch: Batch) -> None:
-        self._batches.append(ordinary(batch.x, batch.y))
+        x, y, index = ordinary(batch.x, batch.y, batch.index)
+        self._batches.append(batch._replace(x=x, y=y, index=index))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -91,19 +92,21 @@ class RobustEvaluation(L.Callback):
         batches, self._batches = self._batches, []
         if trainer.sanity_checking or not isinstance(pl_module, WDATModule):
             return
-        device = pl_module.device
-        threat = pl_module.threat
+        device, threat = pl_module.device, pl_module.threat
+        processes = current(device)
+        with together(processes):
+            images = ImageTensors.collect(batches, device)
         run = partial(
             evaluate,
             pl_module.network,
-            ImageTensors.collect(batches, device),
+            images,
             attacks=[self.pointwise, self.distributional],
             batch_size=self.batch_size,
             stage=stage,
             split=split,
             epoch=epoch,
             facts=self.facts,
-            processes=current(device),
+            processes=processes,
             progress=self.progress,
         )
         self.last = run(threat, losses=[self.loss])

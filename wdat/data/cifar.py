@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import tarfile
 import warnings
@@ -49,7 +50,7 @@ def read(kind: type[CIFAR10], root: str | Path, download: bool) -> Splits:
         with warnings.catch_warnings():
             # The published files carry flags as numbers, which NumPy 2.4.0 to 2.4.4 warn of.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed", category=UserWarning)
-            train, test = (kind(Path(root).expanduser(), train=train) for train in (True, False))
+            train, test = (kind(Path(os.path.expanduser(root)), train=train) for train in (True, False))
     except _FAILURES as error:
         raise _error(kind, root, f"can't be read ({error})", "delete that folder and run again, or") from error
     x_train, x_test = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test))
@@ -62,14 +63,14 @@ def fetch(kind: type[CIFAR10], root: str | Path, download: bool) -> None:
     Raises:
         SettingError: As `cifar10`.
     """
-    parent = Path(root).expanduser()
+    parent = Path(os.path.expanduser(root))
     folder = parent / kind.base_folder
     lists = [(str(name), str(md5)) for name, md5 in (*kind.train_list, *kind.test_list)]
     files = [*lists, (kind.meta["filename"], kind.meta["md5"])]
     wrong = [name for name, md5 in files if not check_integrity(folder / name, md5)]
     if not wrong:
         return
-    damaged = [name for name in wrong if (folder / name).exists()]
+    damaged = [name for name in wrong if os.path.exists(folder / name)]
     if damaged:
         fault = f"is damaged ({', '.join(damaged)}: wrong checksum)"
     else:
@@ -85,7 +86,7 @@ def fetch(kind: type[CIFAR10], root: str | Path, download: bool) -> None:
 
 
 def _error(kind: type[CIFAR10], root: str | Path, fault: str, remedy: str) -> SettingError:
-    folder = Path(root).expanduser().absolute() / kind.base_folder
+    folder = Path(os.path.expanduser(root)).absolute() / kind.base_folder
     return SettingError(
         f"{kind.__name__} (data.root={root}) {fault}: {remedy} put its unpacked files into {folder}, "
         "or use a file of your own with data=npz data.path=FILE.npz"

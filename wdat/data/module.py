@@ -83,6 +83,16 @@ class ImageDataModule(LightningDataModule):
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
         self.seed = _count("seed", seed, 0)
         self._sets: dict[str, ImageSet] = {}
+        self._share = (0, 1)
+
+    def share(self, rank: int, world: int) -> None:
+        """Divide evaluation over processes that no trainer manages.
+
+        Args:
+            rank: This process's number, from 0.
+            world: Number of processes.
+        """
+        self._share = (rank, world)
 
     def prepare_data(self) -> None:
         """Downloads what is missing; Lightning calls this on one process of each machine."""
@@ -193,7 +203,7 @@ class ImageDataModule(LightningDataModule):
         return images
 
     def _process(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self._share
 
 
 def _count(name: str, value: object, least: int = 1, none: str = "") -> int:

@@ -109,8 +109,9 @@ class TrainPlan(_Plan):
 class ShardPlan(_Plan):
     """The batches of evaluation: every image once, on one process.
 
-    Process `rank` takes rows rank, rank + world, …; nothing is repeated to make shards even, so processes may have
-    unequal numbers of batches, and none at all.
+    Process `rank` takes rows rank, rank + world, …; nothing is repeated to make shards even. All processes have the
+    same number of batches, so that loops with a collective in each batch stay in step; where a process has no image
+    left its batch is empty.
 
     Args:
         n: Number of images.
@@ -123,12 +124,12 @@ class ShardPlan(_Plan):
         super().__init__(n, batch_size, rank, world, shuffle=False)
 
     def __len__(self) -> int:
-        """Number of batches of this process."""
-        return -(-len(range(self.rank, self.n, self.world)) // self.batch_size)
+        """Number of batches of each process."""
+        return -(-self.n // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[BatchPlan]:
         whole = self.batch_size * self.world
         for start in range(0, len(self) * whole, whole):
             stop = min(start + whole, self.n)
-            index = torch.arange(start + self.rank, stop, self.world)
+            index = torch.arange(min(start + self.rank, stop), stop, self.world)
             yield BatchPlan(index, index - start, stop - start, 0, 0)

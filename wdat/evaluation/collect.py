@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from wdat.console import readable_errors
+from wdat.console import printable, readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record, read
 
@@ -70,8 +70,14 @@ def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after",
         paired = sorted(set(group["before"]) & set(group["after"]))
         change = _spread([100 * (group["after"][s].accuracy - group["before"][s].accuracy) for s in paired], sign="+")
         about = [network, f"{data} {split}", name, budget, str(some.n), ", ".join(map(str, seeds))]
-        lines.append("| " + " | ".join([*about, *cells, change]) + " |")
+        lines.append("| " + " | ".join([*map(_literal, about), *cells, change]) + " |")
     return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """Text in a cell of a Markdown table: it ends no cell, and makes no HTML and no link."""
+    one_line = " ".join(printable(text).split("\n")).replace("|", r"\|")
+    return one_line.replace("<", "&lt;").replace("](", r"]\(")
 
 
 def _options(r: Record) -> str:

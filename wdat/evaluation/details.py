@@ -25,44 +25,67 @@ from torch import Tensor, nn
 from wdat.attacks import AttackResult
 from wdat.gradients import forward
 from wdat.guard import undisturbed
+from wdat.processes import ALONE, Processes
 
 
-def pictures(network: nn.Module, x: Tensor, y: Tensor, result: AttackResult, batch_size: int) -> dict[str, Any]:
-    """`histogram` and `examples` of one attack, of this process's images.
+def pictures(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    result: AttackResult,
+    batch_size: int,
+    rows: Tensor,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """`histogram` and `examples` of one attack.
 
     Args:
         network: Gives the predictions shown with the examples; left as it was found.
-        x: Images (N, C, H, W).
+        x: Images (N, C, H, W), this process's part.
         y: Labels (N,).
         result: What became of them.
         batch_size: Images per pass.
+        rows: (N,), where the images stand in the whole set.
+        processes: Hold the other parts.
     """
     with undisturbed(network):
         predictions = forward(network, result.x_adv, batch_size).argmax(1)
-    return {"histogram": histogram(result.distances), "examples": examples(x, y, result, predictions)}
+    counts = histogram(result.distances, processes=processes)
+    return {"histogram": counts, "examples": examples(x, y, result, predictions, rows, processes)}
 
 
-def histogram(distances: Tensor, bins: int = 40) -> dict[str, list[float]]:
+def histogram(distances: Tensor, bins: int = 40, processes: Processes = ALONE) -> dict[str, list[float]]:
     """Images by how far they were moved.
 
     Args:
-        distances: (N,), finite, in pixel units.
+        distances: (N,), finite, in pixel units, this process's part.
         bins: Number of equal bins from 0 to the largest distance.
+        processes: Hold the other parts.
     """
     d = distances.detach().double().cpu()
-    largest = float(d.max()) if len(d) else 0.0
+    largest = processes.max(float(d.max()) if len(d) else 0.0)
     edges = torch.linspace(0, largest or 1.0, bins + 1, dtype=torch.float64)
-    return {"edges": edges.tolist(), "counts": torch.histogram(d, edges).hist.tolist()}
+    return {"edges": edges.tolist(), "counts": processes.sum(torch.histogram(d, edges).hist.tolist())}
 
 
-def examples(x: Tensor, y: Tensor, result: AttackResult, predictions: Tensor, count: int = 6) -> list[dict[str, Any]]:
-    """The images that were moved furthest, with their changes.
+def examples(
+    x: Tensor,
+    y: Tensor,
+    result: AttackResult,
+    predictions: Tensor,
+    rows: Tensor,
+    processes: Processes = ALONE,
+    count: int = 6,
+) -> list[dict[str, Any]]:
+    """The images that were moved furthest, with their changes; of equally far ones the first in the set.
 
     Args:
-        x: Images (N, C, H, W) in [0, 1], with 1 or 3 channels.
+        x: Images (N, C, H, W) in [0, 1], with 1 or 3 channels, this process's part.
         y: Labels (N,).
         result: What became of them.
         predictions: Classes predicted for the moved images, (N,).
+        rows: (N,), where the images stand in the whole set.
+        processes: Hold the other parts.
         count: How many.
 
     Returns:
@@ -71,22 +94,30 @@ def examples(x: Tensor, y: Tensor, result: AttackResult, predictions: Tensor, co
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return []
-    furthest = result.distances.argsort(descending=True)[:count].tolist()
+    mine = _furthest(result.distances, rows, count)
+    parts = [processes.gather(part[mine]) for part in (x, result.x_adv, y, predictions, result.distances, rows)]
+    first = _furthest(parts[4], parts[5], count)
     found = []
-    for i in furthest:
-        change = result.x_adv[i] - x[i]
+    for image, moved, label, prediction, distance, _ in zip(*(part[first] for part in parts), strict=True):
+        change = moved - image
         scale = float(change.abs().max()) or 1.0
         found.append(
             {
-                "image": _png(x[i]),
-                "moved": _png(result.x_adv[i]),
+                "image": _png(image),
+                "moved": _png(moved),
                 "change": _png(0.5 + 0.5 * change / scale),
-                "label": int(y[i]),
-                "prediction": int(predictions[i]),
-                "radius": float(result.distances[i]),
+                "label": int(label),
+                "prediction": int(prediction),
+                "radius": float(distance),
             }
         )
     return found
+
+
+def _furthest(distances: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest distances, in decreasing order; equal ones in the order of the set."""
+    ordered = rows.argsort()
+    return ordered[distances[ordered].argsort(descending=True, stable=True)][:count]
 
 
 def _png(image: Tensor) -> str:

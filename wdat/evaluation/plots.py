@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from wdat.console import printable
 from wdat.evaluation.figures import ESTIMATE, Group, budget_name, groups, order_name
 from wdat.records import Record
 
@@ -24,6 +26,7 @@ COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
 }  # fmt: skip
 DASHES = ("-", "--", "-.", (0, (1, 1.2)))
 SIZE = (4.8, 3.7)
+LONGEST = 80  # characters of a label
 FONT: dict[Any, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "wdat"}
 
 
@@ -33,7 +36,13 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         path.write_text(to_svg(figure) + "\n", encoding="utf-8")
     else:
-        figure.savefig(path, dpi=150)
+        _draw(figure, path, dpi=150)
+
+
+def _draw(figure: Figure, out: Any, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names may be in any script
+        figure.savefig(out, **options)
 
 
 def to_svg(figure: Figure, prefix: str = "", title: str = "") -> str:
@@ -46,7 +55,7 @@ def to_svg(figure: Figure, prefix: str = "", title: str = "") -> str:
     """
     out = io.StringIO()
     with matplotlib.rc_context(FONT):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        _draw(figure, out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     if prefix:
@@ -223,7 +232,13 @@ def _delta(record: Record) -> str:
 
 def _plain(text: str) -> str:
     """Text that matplotlib draws as it is: no mathematics between dollars, no label hidden by an underscore."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    return (" " if text.startswith("_") else "") + _short(text).replace("$", r"\$")
+
+
+def _short(text: str) -> str:
+    """A name on one line, cut where it would take the room of the axes."""
+    line = printable(text).replace("\n", " ")
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
 def _attribute(text: str) -> str:
@@ -259,14 +274,14 @@ def accuracy_against_budget(records: Sequence[Record], path: Path) -> None:
             low, high = [100 * r.accuracy_low for r in points], [100 * r.accuracy_high for r in points]
             axes.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0)
     about = chosen[-1] if chosen else None
-    axes.set_xlabel(f"budget δ in units of 1/255{f' ({about.norm})' if about else ''}")
+    axes.set_xlabel(_plain(f"budget δ in units of 1/255{f' ({about.norm})' if about else ''}"))
     axes.set_ylabel("accuracy in percent")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if about:
-        title = f"{about.network} on {about.data}, {about.n} test images"
+        title = f"{_short(about.network)} on {_short(about.data)}, {about.n} test images"
         axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         if axes.get_lines():
             axes.legend(frameon=False, fontsize=8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 import re
@@ -16,6 +18,8 @@ from wdat.errors import SettingError
 from wdat.evaluation import figures, plots
 from wdat.records import Record
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser runs and fetches nothing here
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1f23;--soft:#5d646d;--page:#fbfbfa;--card:#fff;--line:#d9dce0;--mark:#1f5fa8;
 --note:#fdf3e3}
@@ -61,7 +65,7 @@ def write_report(records: Sequence[Record], path: Path) -> None:
     """
     page = render(records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold what is no text
 
 
 def render(records: Sequence[Record]) -> str:
@@ -81,6 +85,7 @@ def render(records: Sequence[Record]) -> str:
     body += [_section(g, i, found) for i, g in enumerate(found, 1)]
     body += [READING, _again(found)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    head += f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
@@ -213,7 +218,7 @@ def _examples(g: figures.Group) -> str:
     for r in picked.values():
         cards = []
         for e in r.details["examples"]:
-            pictures = "".join(_picture(str(e.get(k, "")), k) for k in ("image", "moved", "change"))
+            pictures = "".join(_picture(e.get(k), k) for k in ("image", "moved", "change"))
             verdict = f"{e.get('label')} → {e.get('prediction')}, moved {figures.budget_name(e.get('radius'), r.norm)}"
             cards.append(f"<figure><div>{pictures}</div><figcaption>{escape(verdict)}</figcaption></figure>")
         name, delta = escape(figures.attack_name(r)), figures.budget_name(r.delta, r.norm)
@@ -223,10 +228,14 @@ def _examples(g: figures.Group) -> str:
     return "".join(parts)
 
 
-def _picture(data: str, what: str) -> str:
-    """A picture from base64 text; nothing where the text is anything else."""
-    good = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data)
-    return f'<img alt="{what}" src="data:image/png;base64,{data}">' if good else ""
+def _picture(data: object, what: str) -> str:
+    """A picture from base64 text; nothing where the text is anything but a PNG file."""
+    try:
+        content = base64.b64decode(str(data), validate=True)
+    except (binascii.Error, ValueError):
+        return ""
+    written = base64.b64encode(content).decode()
+    return f'<img alt="{what}" src="data:image/png;base64,{written}">' if content.startswith(PNG) else ""
 
 
 READING = """<h2 id="reading">How to read this</h2><ul>

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from wdat.attacks import ATTACKS, Attack, Context, build
 from wdat.attacks.base import check_images
+from wdat.batch import Batch
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.bounds import bootstrap_interval
 from wdat.evaluation.details import pictures
 from wdat.gradients import input_gradients
 from wdat.guard import ordinary, undisturbed
 from wdat.losses import get_label_loss
-from wdat.processes import ALONE, Processes
+from wdat.processes import ALONE, Processes, together
 from wdat.records import Facts, Record
 from wdat.threat import ThreatModel, dual_norm, power_mean
 
@@ -35,22 +36,47 @@ class ImageTensors:
     Attributes:
         x: Images (N, C, H, W) in [0, 1].
         y: Labels (N,).
+        index: (N,), their rows in the split, which give the order of a set that processes share; None puts the images
+            of the first process first.
     """
 
     x: Tensor
     y: Tensor
+    index: Tensor | None = None
 
     @classmethod
     def collect(cls, batches: Iterable[Sequence[Any]], device: torch.device) -> ImageTensors:
-        """Gather the first two members (images, labels) of every batch.
+        """Gather the first two members (images, labels) of every batch, and the rows where it knows them.
 
         Raises:
-            SettingError: If there is no batch at all.
+            SettingError: If there is no batch at all; a process without images has an empty one.
         """
-        pairs = [ordinary(batch[0], batch[1]) for batch in batches]
-        if not pairs:
+        kept = [ordinary(*((b.x, b.y, b.index) if isinstance(b, Batch) else (b[0], b[1]))) for b in batches]
+        if not kept:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
-        return cls(torch.cat([p[0] for p in pairs]).to(device), torch.cat([p[1] for p in pairs]).to(device))
+        return cls(*(torch.cat(parts).to(device) for parts in zip(*kept, strict=True)))
+
+
+def places(images: ImageTensors, processes: Processes) -> tuple[Tensor, int]:
+    """Where this process's images stand in the whole set, (N,), and how many images that has.
+
+    Raises:
+        SettingError: If the set is empty, or an image is in it twice, as with samplers that make shards even.
+    """
+    n, device = len(images.y), images.y.device
+    before = processes.gather(torch.tensor([n], device=device))
+    size = int(before.sum())
+    if size == 0:
+        raise SettingError("the set of images to evaluate is empty; check data.limit_test and data.val_size")
+    if processes.max(float(images.index is None)) or images.index is None:
+        return int(before[: processes.rank].sum()) + torch.arange(n, device=device), size
+    rows = processes.gather(images.index).sort().values
+    if bool((rows[1:] == rows[:-1]).any()):
+        raise SettingError(
+            f"some of the {size} images to evaluate come twice: set trainer.use_distributed_sampler=false, or divide "
+            "them with wdat.data.ShardPlan, which repeats none"
+        )
+    return torch.searchsorted(rows, images.index), size
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -74,6 +100,7 @@ class Evaluator:
         progress: Called with a label, steps done and steps in all.
         pictures: Whether records carry examples and histograms.
         size: Images in the whole set, over all processes.
+        rows: (N,), where this process's images stand in the whole set.
 
     Raises:
         SettingError: If an image or a label can't be used.
@@ -90,13 +117,17 @@ class Evaluator:
     progress: Progress | None = None
     pictures: bool = False
     size: int = field(init=False)
+    rows: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", ImageTensors(*ordinary(self.images.x, self.images.y)))
-        check_images(self.network, self.images.x, self.images.y)
-        object.__setattr__(self, "size", int(self.processes.sum([float(len(self.images.y))])[0]))
-        if self.size == 0:
-            raise SettingError("the set of images to evaluate is empty; check data.limit_test and data.val_size")
+        x, y = ordinary(self.images.x, self.images.y)
+        index = None if self.images.index is None else ordinary(self.images.index)[0]
+        images = ImageTensors(x, y, index)
+        with together(self.processes):
+            check_images(self.network, images.x, images.y)
+        rows, size = places(images, self.processes)
+        for name, value in {"images": images, "rows": rows, "size": size}.items():
+            object.__setattr__(self, name, value)
 
     def record(self, hits: int, **values: Any) -> Record:
         """A record on this set, from the number of images classified correctly and what else is known."""
@@ -140,7 +171,7 @@ class Evaluator:
         loss = str(options.pop("loss", ZERO_ONE))
         label = f"{attack.name} {loss}"
         progress = partial(self.progress, label) if self.progress else None
-        context = Context(processes=self.processes, progress=progress)
+        context = Context(processes=self.processes, index=self.rows, progress=progress)
         result = attack(self.network, self.images.x, self.images.y, threat, context)
         values: dict[str, Any] = {
             "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
@@ -152,7 +183,8 @@ class Evaluator:
             details["materialised"] = {"accuracy": result.accuracy, "distance": result.distance}
             values |= _taken(details)
         if self.pictures:
-            details |= pictures(self.network, self.images.x, self.images.y, result, self.batch_size)
+            images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
+            details |= pictures(self.network, *images, result, self.batch_size, *shared)
         seconds = time.perf_counter() - started
         return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,7 +16,9 @@ from wdat.attacks import Attack, Context
 from wdat.attacks.knapsack import Knapsack, certified_figures
 from wdat.attacks.minimum_norm import Flips
 from wdat.errors import SettingError
+from wdat.evaluation import flips as kept
 from wdat.evaluation.run import ZERO_ONE, Evaluator, settings
+from wdat.processes import to_first, together
 from wdat.records import Record, RecordBook
 from wdat.threat import ThreatModel
 
@@ -33,16 +33,19 @@ def signature(record: Record) -> tuple[Any, ...]:
 class Session:
     """Records of one network on one set of images, in one folder.
 
+    Where several processes share the set, all make the same calls. The records of the first one decide what is
+    missing, and it alone touches the folder.
+
     Args:
         evaluator: The network and the images.
-        book: Where records are and go.
+        book: Where records are and go; on processes other than the first, one without a file.
         folder: Where nearest flips are kept between the attacks that need them.
     """
 
     def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
         self.evaluator, self.book, self.folder = evaluator, book, folder
         self._done = {signature(r) for r in book.records}
-        self._digest = hashlib.sha256(evaluator.images.x.cpu().contiguous().numpy().tobytes()).hexdigest()
+        self._digest: str | None = None
 
     def clean(self, threat: ThreatModel, loss: str) -> None:
         """The clean record of one loss."""
@@ -71,37 +74,46 @@ class Session:
         """Write `distances_NORM.npz`: the nearest-flip distance of each image, in the order of the set."""
         for attack in attacks:
             if isinstance(attack, Knapsack):
-                flips = attack.flips or self._flips(attack, norm)
-                values = flips.distances.double().cpu().numpy()
-                np.savez(self.folder / f"distances_{norm}.npz", distances=values, labels=self.evaluator.images.y.cpu())
+                self._save_distances(attack.flips or self._flips(attack, norm), norm)
+
+    def _save_distances(self, flips: Flips, norm: str) -> None:
+        rows, processes = self.evaluator.rows, self.evaluator.processes
+        distances = to_first(flips.distances.double(), rows, processes)
+        labels = to_first(self.evaluator.images.y, rows, processes)
+        with together(processes):
+            if distances is not None and labels is not None:
+                np.savez(self.folder / f"distances_{norm}.npz", distances=distances.numpy(), labels=labels.numpy())
 
     def _missing(self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel) -> bool:
         wanted = self.evaluator.record(
             hits=0, attack=name, options=options, loss=loss, p=threat.p, norm=threat.norm, delta=threat.delta,
             loss_mean=None, distance=0.0, seconds=0.0,
         )  # fmt: skip
-        return signature(wanted) not in self._done
+        missing = float(self.evaluator.processes.rank == 0 and signature(wanted) not in self._done)
+        return bool(self.evaluator.processes.max(missing))
 
     def _add(self, record: Record) -> None:
-        self.book.add([record])
+        with together(self.evaluator.processes):
+            self.book.add([record])
         self._done.add(signature(record))
 
     def _flips(self, attack: Knapsack, norm: str) -> Flips:
         """Nearest flips, from the folder where an interrupted evaluation left them, else searched and kept."""
+        evaluator = self.evaluator
+        images, rows, processes, report = evaluator.images, evaluator.rows, evaluator.processes, evaluator.progress
+        if self._digest is None:
+            self._digest = kept.digest(images, rows, processes)
         file = self.folder / f"flips_{norm}.pt"
-        about: dict[str, Any] = {"search": str(attack.search), "facts": str(self.evaluator.facts)}
-        about |= {"split": self.evaluator.split, "n": self.evaluator.size, "images": self._digest}
-        if file.exists():
-            state = torch.load(file, map_location=self.evaluator.images.x.device, weights_only=True)
-            if state["about"] == about:
-                return Flips(state["x_adv"], state["distances"], [(int(k), d) for k, d in state["effort"]])
-        images, report = self.evaluator.images, self.evaluator.progress
+        about: dict[str, Any] = {"search": str(attack.search), "facts": str(evaluator.facts)}
+        about |= {"split": evaluator.split, "n": evaluator.size, "images": self._digest}
+        found = kept.load(file, about, images.x, rows, processes)
+        if found is not None:
+            return found
         progress = None if report is None else lambda k, n: report(f"nearest flips, {norm}", k, n)
-        flips = attack.find(self.evaluator.network, images.x, images.y, norm, Context(progress=progress))
-        state = {"about": about, "x_adv": flips.x_adv, "distances": flips.distances, "effort": flips.effort}
-        temporary = file.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(file)
+        with together(processes):
+            context = Context(index=rows, progress=progress)
+            flips = attack.find(evaluator.network, images.x, images.y, norm, context)
+        kept.save(file, about, flips, rows, processes)
         return flips
 
 
@@ -119,8 +131,10 @@ def read_radii(path: Path, n: int) -> Tensor:
         with path.open("rb") as file:  # numpy leaves the file open where it isn't one of its own
             loaded = np.load(file, allow_pickle=False)
             values = loaded if isinstance(loaded, np.ndarray) else loaded["radii"]
+        if np.asarray(values).dtype.kind not in "fiu":
+            raise TypeError(f"it holds {values.dtype}, not numbers")
         radii = torch.from_numpy(np.asarray(values, dtype=np.float64))
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+    except Exception as error:  # a damaged file can make the reader raise nearly anything
         raise SettingError(f"certified={path} can't be read ({error}); give a .npy, or a .npz with `radii`") from error
     if radii.shape != (n,) or bool((radii < 0).any()) or bool(radii.isnan().any()):
         raise SettingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Collection
@@ -34,7 +35,7 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> nn.Module:
         SettingError: The file is missing, damaged, needs unpickling, or belongs to another architecture. The network
             is then unchanged.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     content = read(path, "model.checkpoint")
     wanted = network.state_dict()
     state = _unwrapped(_state_dict(content, path), wanted)
@@ -58,7 +59,7 @@ def read(path: Path, setting: str) -> Any:
     Raises:
         SettingError: There is no such file, it is no PyTorch file, it is damaged, or it needs unpickling.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # which no name, however odd, makes fail
         raise SettingError(f"there is no file {path} ({setting}): check the path")
     try:
         with warnings.catch_warnings():

@@ -36,14 +36,13 @@ class WeightFile:
         Raises:
             SettingError: It can't be had, or what is there or arrives is no file of weights.
         """
-        if self.path.exists():
+        if os.path.exists(self.path):
             try:
                 read(self.path, "model.root")
             except SettingError as error:
                 raise SettingError(f"{error}; deleting it lets it be downloaded again from {self.source}") from error
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".download-") as folder:
+        with _scratch(self.path.parent) as folder:
             arrived = Path(folder) / self.path.name
             try:
                 self.fetch(str(arrived))
@@ -55,6 +54,15 @@ class WeightFile:
                     f"Fetch them by hand, in a browser if need be, and put them at {self.path.absolute()}"
                 ) from error
             os.replace(arrived, self.path)
+
+
+def _scratch(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A new folder in `parent`, which is made where it is absent."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent, prefix=".download-")
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{parent} can't be written (model.root): {one_line(error)}; name another folder") from error
 
 
 def one_line(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -130,10 +132,11 @@ def architecture(entry: ZooEntry) -> nn.Module:
     """
     timm_name = entry.timm_name
     try:
-        if timm_name:
-            network = importlib.import_module("timm").create_model(timm_name, num_classes=CLASSES[entry.dataset])
-        else:
-            network = entry.settings["model"]()
+        with _weights_only():
+            if timm_name:
+                network = importlib.import_module("timm").create_model(timm_name, num_classes=CLASSES[entry.dataset])
+            else:
+                network = entry.settings["model"]()
     except Exception as error:  # third-party constructors, some of which reach for the network or a GPU
         raise _unusable(entry, "can't be built", error) from error
     return _modern(network)
@@ -156,12 +159,13 @@ def load_zoo(name: str, dataset: str = "cifar10", threat_model: str = "Linf", ro
             damaged, need unpickling or belong to another network.
     """
     entry = resolve(name, dataset, threat_model)
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     files = list(weight_files(entry, root))
     for file in files:
         file.ensure(str(entry))
     try:
-        network = robustbench().load_model(entry.name, str(root), dataset, threat_model)
+        with _weights_only():
+            network = robustbench().load_model(entry.name, str(root), dataset, threat_model)
     except Exception as error:  # third-party code on third-party files
         where = f" from {', '.join(str(file.path) for file in files)}" if files else ""
         raise _unusable(entry, f"can't be loaded{where}", error) from error
@@ -182,6 +186,8 @@ def weight_files(entry: ZooEntry, root: Path) -> Iterator[WeightFile]:
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
         yield WeightFile(path, url, lambda to: torch.hub.download_url_to_file(url, to, progress=False))
         return
+    if Path(entry.name).name != entry.name:
+        raise SettingError(f"{entry} is no file name (model.name): its weights would lie outside model.root={root}")
     path = root / entry.dataset / entry.threat_model / f"{entry.name}.pt"
     ids = entry.settings["gdrive_id"]
     if isinstance(ids, list):
@@ -235,6 +241,22 @@ def _architectures(module: str) -> Any:
     """A module of RobustBench's architectures."""
     robustbench()
     return importlib.import_module(f"robustbench.model_zoo.architectures.{module}")
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Nothing is unpickled inside, by third parties neither, whatever they or the environment ask of `torch.load`.
+
+    torchvision and timm ask for unpickling, and check a file's sum only when they download it.
+    """
+    force, spare = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, spare)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _modern(network: nn.Module) -> nn.Module:

@@ -103,7 +103,7 @@ class Table(Estimator):
         return torch.arange(self.n_train) if due else None
 
     def measured(self, index: Tensor, norms: Tensor) -> None:
-        stored = torch.zeros(self.n_train)
+        stored = torch.zeros(self.n_train, dtype=torch.float32)
         stored[index.cpu()] = norms.detach().float().cpu()
         self._stored, self._log_gain, self._recent, self._seen = stored, 0.0, [], 0
         self._count(self._histogram.order)

@@ -1,0 +1,353 @@
+"""What a run loses when it is killed, its files are damaged, its disk is full, or a batch or a process fails.
+
+    python -m benchmarks.faults [--kills 20] [--damages 5] [--disks 5] [--nans 5] [--deaths 5]
+
+Every case is a short training of the quickstart's network in a folder of its own: a fault at a random moment, what the
+user is told, `resume=` until it is done, and a comparison with the run that nothing happened to. *Lost* counts steps
+that had been made and had to be made again, those since the last checkpoint. Long; not part of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks.common import CONSOLE, add_common, spread, write
+from wdat.checkpoints import FOLDER, LAST, damage, previous
+
+ROOT = Path(__file__).parents[1]
+EVALUATION = "callbacks.robust_evaluation"
+SMALL = [
+    "experiment=quickstart", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", "attack.steps=3",
+    "curve=[]", "pretrain.max_epochs=1", "data.batch_size=32", "trainer.max_epochs=6", "trainer.log_every_n_steps=1",
+    f"{EVALUATION}.pointwise.steps=3", f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=3",
+    f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=320", "data.limit_val=40", "data.limit_test=40",
+]  # fmt: skip
+PATIENCE = 240.0  # seconds after which a run counts as hung
+
+
+@dataclass
+class Case:
+    """One fault.
+
+    Attributes:
+        kind: What was done.
+        moment: When, in words.
+        status: Exit status of the run that it happened to; None where it was killed from outside.
+        said: The last line that the user read.
+        seconds_to_end: From the fault to the end of all processes.
+        lost: Steps that had to be made again; None where the run had not begun to save.
+        attempts: Runs until it was done, the first one included.
+        equal: Whether final weights, records and logged metrics are those of the undisturbed run, to the bit, but for
+            what tells the time.
+        hung: Whether a run had to be ended by force.
+    """
+
+    kind: str
+    moment: str
+    status: int | None
+    said: str
+    seconds_to_end: float
+    lost: int | None
+    attempts: int
+    equal: bool
+    hung: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a run ends with."""
+
+    weights: dict[str, torch.Tensor]
+    records: list[dict[str, Any]]
+    metrics: list[dict[str, str]]
+
+    def differences(self, other: Outcome) -> list[str]:
+        """Names of the parts that differ."""
+        weights = self.weights.keys() == other.weights.keys() and all(
+            torch.equal(value, other.weights[key]) for key, value in self.weights.items()
+        )
+        parts = {
+            "weights": weights, "records": self.records == other.records, "metrics": self.metrics == other.metrics
+        }  # fmt: skip
+        return [name for name, agree in parts.items() if not agree]
+
+
+class Run:
+    """A training in its folder."""
+
+    def __init__(self, folder: Path, devices: int = 1, *more: str) -> None:
+        self.folder = folder
+        self.arguments = [*SMALL, f"trainer.devices={devices}", f"hydra.run.dir={folder}", *more]
+
+    def start(self, *more: str, resume: bool = False) -> subprocess.Popen[str]:
+        """Start a process group of its own."""
+        arguments = [f"resume={self.folder}", *more] if resume else [*self.arguments, *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments], cwd=self.folder.parent, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def last(self) -> Path:
+        """Its last checkpoint."""
+        return self.folder / FOLDER / LAST
+
+    def saved(self) -> int | None:
+        """Steps in the newest whole checkpoint; None where there is none."""
+        for path in (self.last, previous(self.last)):
+            if path.exists() and damage(path) is None:
+                return int(torch.load(path, weights_only=True)["global_step"])
+        return None
+
+    def done(self) -> int:
+        """Steps that the log knows of."""
+        for file in (self.folder / "metrics").rglob("metrics.csv"):
+            with file.open(newline="") as rows:
+                return max((int(row["step"]) + 1 for row in csv.DictReader(rows) if row.get("train/loss")), default=0)
+        return 0
+
+    def outcome(self) -> Outcome:
+        """Final weights, records and logged metrics, without what tells the time."""
+        weights: dict[str, torch.Tensor] = torch.load(self.last, weights_only=True)["state_dict"]
+        records = json.loads((self.folder / "records.json").read_text())
+        for record in records:
+            del record["seconds"]
+        with next((self.folder / "metrics").rglob("metrics.csv")).open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if v and not k.startswith("cost/")} for row in csv.DictReader(file)]
+        return Outcome(weights, records, [row for row in rows if set(row) - {"step", "epoch"}])
+
+    def finish(self) -> tuple[int, bool]:
+        """Resume, or start again where nothing was saved, until it is done: attempts, and whether one hung."""
+        for attempt in range(1, 4):
+            process = self.start(resume=self.saved() is not None)
+            _, hung = end(process)
+            if process.returncode == 0 or hung:
+                return attempt, hung
+        return 3, False
+
+
+def end(process: subprocess.Popen[str], patience: float = PATIENCE) -> tuple[str, bool]:
+    """Wait for a run; its last line, and whether it had to be ended by force."""
+    try:
+        out, _ = process.communicate(timeout=patience)
+        hung = False
+    except subprocess.TimeoutExpired:
+        kill(process)
+        out, _ = process.communicate()
+        hung = True
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    return (lines[-1] if lines else ""), hung
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a run with all its processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+class Campaign:
+    """All cases, against one undisturbed run for each number of processes."""
+
+    def __init__(self, place: Path, seed: int) -> None:
+        self.place, self.random = place, random.Random(seed)
+        self.cases: list[Case] = []
+        self.plain: dict[int, tuple[float, Outcome]] = {}
+
+    def undisturbed(self, devices: int = 1) -> tuple[float, Outcome]:
+        """How long a run takes, and where it ends."""
+        if devices not in self.plain:
+            run = Run(self.place / f"undisturbed_{devices}", devices)
+            started = time.perf_counter()
+            said, hung = end(run.start())
+            if hung or not run.last.exists():
+                raise SystemExit(f"the undisturbed run on {devices} processes failed: {said}")
+            self.plain[devices] = time.perf_counter() - started, run.outcome()
+        return self.plain[devices]
+
+    def close(self, run: Run, kind: str, moment: str, status: int | None, said: str, seconds: float, hung: bool,
+              devices: int = 1) -> None:  # fmt: skip
+        """Resume a run after its fault, compare, and note."""
+        saved, done = run.saved(), run.done()
+        attempts, late = (0, False) if hung else run.finish()
+        apart = ["unfinished"] if hung or late else run.outcome().differences(self.undisturbed(devices)[1])
+        lost = None if saved is None else max(done - saved, 0)
+        self.cases.append(Case(kind, moment, status, said, seconds, lost, 1 + attempts, not apart, hung or late))
+        verdict = f"[red]different: {', '.join(apart)}[/]" if apart else "equal"
+        CONSOLE.print(f"[dim]{kind}, {moment}: lost {lost}, {verdict}: {said[:100]}", highlight=False)
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+    def killed(self, number: int) -> None:
+        """Killed at a random moment; every second run saves after every step."""
+        moment = self.random.uniform(0.35, 1.0) * self.undisturbed()[0]
+        often = ["callbacks.last_checkpoint.minutes=0"] if number % 2 else []
+        while True:
+            run = Run(self.place / f"kill_{number}", 1, *often)
+            process = run.start()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=moment)
+            if process.poll() is None:
+                break
+            moment *= 0.7  # it was done before: once more, and sooner
+            shutil.rmtree(run.folder)
+        kill(process)
+        started = time.perf_counter()
+        said, hung = end(process)
+        every = "saving every step" if often else "saving every epoch"
+        self.close(run, "kill -9", f"{moment:.1f} s, {every}", None, said, time.perf_counter() - started, hung)
+
+    def damaged(self, number: int) -> None:
+        """Stopped by SIGTERM in the third epoch, then its last checkpoint is damaged."""
+        ways: dict[str, Callable[[Path], object]] = {
+            "cut short": lambda path: path.write_bytes(path.read_bytes()[:-300]),
+            "a byte flipped": _flip,
+            "emptied": lambda path: path.write_bytes(b""),
+            "an HTML page": lambda path: path.write_text("<html>quota</html>"),
+            "gone": lambda path: path.unlink(),
+        }
+        name = list(ways)[number % len(ways)]
+        run = Run(self.place / f"damage_{number}", 1)
+        process = run.start()
+        while run.done() < 21 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        started = time.perf_counter()
+        said, hung = end(process)
+        seconds = time.perf_counter() - started
+        ways[name](run.last)
+        self.close(run, "damaged checkpoint", f"{name}, after SIGTERM", process.returncode, said, seconds, hung)
+
+    def full(self, number: int) -> None:
+        """On a disk that is full after some checkpoints; then it gets larger."""
+        disk = self.place / f"disk_{number}"
+        disk.mkdir()
+        size = 900 + 350 * number  # KiB; a checkpoint has about 400
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            CONSOLE.print("[yellow]no small disk can be mounted here (it needs root): full disks were left out")
+            return
+        try:
+            run = Run(disk / "run", 1)
+            started = time.perf_counter()
+            process = run.start()
+            said, hung = end(process)
+            seconds = time.perf_counter() - started
+            subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+            self.close(run, "full disk", f"{size} KiB", process.returncode, said, seconds, hung)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+    def poisoned(self, number: int) -> None:
+        """One image of a batch is NaN."""
+        step = self.random.randrange(1, 60)
+        poison = f"+callbacks.poison={{_target_: benchmarks.poison.Poison, step: {step}}}"
+        run = Run(self.place / f"nan_{number}", 1)
+        process = run.start(poison)
+        started = time.perf_counter()
+        said, hung = end(process)
+        overrides = run.folder / ".hydra" / "overrides.yaml"
+        overrides.write_text("".join(line for line in overrides.open() if "poison" not in line))  # the cause is removed
+        self.close(run, "NaN batch", f"step {step}", process.returncode, said, time.perf_counter() - started, hung)
+
+    def bereaved(self, number: int) -> None:
+        """Two processes; the second, or the first, is killed at a random moment."""
+        length, _ = self.undisturbed(2)
+        moment = self.random.uniform(0.4, 0.95) * length
+        run = Run(self.place / f"death_{number}", 2)
+        process = run.start()
+        time.sleep(moment)
+        second = children(process.pid) if process.poll() is None else []
+        victim = process.pid if number % 2 or not second else second[0]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        started = time.perf_counter()
+        said, hung = end(process)
+        who = "first" if victim == process.pid else "second"
+        seconds = time.perf_counter() - started
+        kill(process)
+        self.close(run, f"{who} of two processes", f"{moment:.1f} s", process.returncode, said, seconds, hung, 2)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def summary(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """A row for each kind of fault."""
+    rows = []
+    for kind in dict.fromkeys(case.kind for case in cases):
+        some = [case for case in cases if case.kind == kind]
+        lost = [case.lost for case in some if case.lost is not None]
+        rows.append(
+            {
+                "kind": kind,
+                "cases": len(some),
+                "equal": sum(case.equal for case in some),
+                "hung": sum(case.hung for case in some),
+                "nothing_saved_yet": sum(case.lost is None for case in some),
+                "lost": spread(lost) if lost else None,
+                "seconds_to_end": spread([case.seconds_to_end for case in some]),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the campaign, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser, "faults")
+    for name, count in (("kills", 20), ("damages", 5), ("disks", 5), ("nans", 5), ("deaths", 5)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), options.seed)
+        for count, fault in (
+            (options.kills, campaign.killed),
+            (options.damages, campaign.damaged),
+            (options.disks, campaign.full),
+            (options.nans, campaign.poisoned),
+            (options.deaths, campaign.bereaved),
+        ):
+            for number in range(count):
+                fault(number)
+    rows = summary(campaign.cases)
+    table = Table(
+        "fault", "cases", "ends equal", "hung", "nothing saved yet", "steps lost: median (max)", "s to end: max"
+    )
+    for row in rows:
+        lost = f"{row['lost']['median']:.0f} ({row['lost']['max']})" if row["lost"] else "–"
+        figures = [str(row[key]) for key in ("cases", "equal", "hung", "nothing_saved_yet")]
+        table.add_row(row["kind"], *figures, lost, f"{row['seconds_to_end']['max']:.1f}")
+    CONSOLE.print(table)
+    write("faults", options, "cpu", {"rows": rows, "cases": [asdict(case) for case in campaign.cases]})
+
+
+if __name__ == "__main__":
+    main()

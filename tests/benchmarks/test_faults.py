@@ -1,0 +1,34 @@
+"""One case of each fault; the campaign has many."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_beyond_the_last_checkpoint(tmp_path):
+    record = tmp_path / "faults.json"
+    counts = [f"--{name}=1" for name in ("kills", "damages", "disks", "nans", "deaths")]
+    command = [sys.executable, "-m", "benchmarks.faults", *counts, "--output", str(record)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = {case["kind"]: case for case in json.loads(record.read_text())["cases"]}
+    assert {"kill -9", "damaged checkpoint", "NaN batch"} < set(cases)
+    for case in cases.values():
+        assert case["equal"], case
+        assert not case["hung"], case
+    assert cases["damaged checkpoint"]["status"] == 143
+    assert "resume=" in cases["damaged checkpoint"]["said"]
+    assert cases["NaN batch"]["status"] == 1
+    assert "is not finite" in cases["NaN batch"]["said"]
+    if "full disk" in cases:  # where one can be mounted
+        assert cases["full disk"]["status"] == 1
+        assert "No space left on device" in cases["full disk"]["said"]

@@ -1,0 +1,103 @@
+"""Training on two real processes, each with half of every global batch: the weights of one process.
+
+In float64, so that what differs is rounding; networks without BatchNorm, or with BatchNorm that keeps its statistics,
+because batch statistics of two halves aren't those of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "fit.py"
+FEW = ["attack.steps=3", "threat.delta=0.05", "sensitivity.every=2"]
+SHARED = ["threat=w2_linf", *FEW]
+CASES = {
+    "wpgd_budget table": {"overrides": ["attack=wpgd_budget", "sensitivity=table", *SHARED]},
+    "wpgd exact": {"overrides": ["attack=wpgd", "sensitivity=exact", *SHARED]},
+    "wfgsm subsample, combined": {
+        "overrides": ["attack=wfgsm", "attack.steps=1", "objective=combined", "objective.pointwise_attack.steps=2",
+                      "sensitivity=subsample", "sensitivity.size=9", "threat=w2_l2", "threat.delta=0.3"]
+    },
+    "pgd": {"overrides": ["attack=pgd", "sensitivity=batch", "attack.steps=3", "threat.delta=0.05"]},
+    "knapsack_budget table": {"overrides": ["attack=knapsack_budget", "sensitivity=table", *SHARED]},
+    "critical exact": {"overrides": ["attack=critical", "sensitivity=exact", *SHARED]},
+    "wpgd_budget batch": {"overrides": ["attack=wpgd_budget", "sensitivity=batch", "attack.steps=3"]},
+    "wpgd ema": {"overrides": ["attack=wpgd", "sensitivity=ema", "attack.steps=3", "threat.delta=0.05"]},
+    "trades": {"overrides": ["objective=trades", "objective.pointwise_attack.steps=3", "threat.delta=0.05"]},
+    "pgd_at": {"overrides": ["objective=pgd_at", "objective.pointwise_attack.steps=3", "threat.delta=0.05"]},
+    "uniform radii": {"overrides": ["attack=wpgd_budget", "threat=winf_linf", "attack.steps=3", "threat.delta=0.05"]},
+}  # fmt: skip
+OTHERS = {
+    "head": {"overrides": ["attack=wpgd_budget", *SHARED], "head": True},
+    "fixed BatchNorm": {"overrides": ["attack=wpgd_budget", *SHARED], "norm": True},
+    "unequal shares": {"overrides": ["attack=wpgd_budget", "sensitivity=batch", "attack.steps=3"], "limit_train": 7},
+    "unequal shares, table": {"overrides": ["attack=wpgd", "sensitivity=table", *SHARED], "limit_train": 7},
+}  # fmt: skip
+VALIDATED = {
+    f"{n} validation images": {
+        "overrides": ["attack=wpgd_budget", *SHARED], "norm": True, "val_size": n,
+        "trainer": {"limit_val_batches": 1.0, "max_epochs": 1},
+    } for n in (1, 9)
+}  # fmt: skip
+
+
+@pytest.fixture
+def compared(tmp_path, launch, images, weights):
+    """`compared(cases)`: by case, the weights at the start, after one process and after each of two."""
+
+    def run(cases):
+        work = {"images": str(images), "weights": str(weights), "out": str(tmp_path / "fitted"), "cases": cases}
+        file = tmp_path / "work.json"
+        file.write_text(json.dumps(work))
+        found = launch(WORKER, file)
+        assert [process.status for process in found] == [0, 0], [process.err[-3000:] for process in found]
+        alone = run_path(str(WORKER), run_name="worker")["fitted"]
+        one = [alone(work, case, 1) for case in cases]
+        two = [torch.load(tmp_path / f"fitted.{rank}", weights_only=True) for rank in (0, 1)]
+        return torch.load(weights, weights_only=True), one, *two
+
+    return run
+
+
+def same_weights(start, one, first, second, name, moved=1e-4):
+    assert set(one) == set(first) == set(second)
+    for key in one:
+        assert torch.equal(first[key], second[key]), (name, key, "the processes differ")
+        difference = float((one[key].double() - first[key].double()).abs().max())
+        assert difference <= 1e-9, (name, key, difference)
+    most = max(float((one[key] - start[key]).abs().max()) for key in start)
+    assert most > moved, (name, "a run that changes nothing would agree anyway")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_processes_train_what_one_does(compared):
+    start, one, first, second = compared(list(CASES.values()))
+    for name, *weights in zip(CASES, one, first, second, strict=True):
+        same_weights(start, *weights, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
+def test_also_a_part_of_the_network_and_unequal_shares(compared):
+    start, one, first, second = compared(list(OTHERS.values()))
+    for name, *weights in zip(OTHERS, one, first, second, strict=True):
+        same_weights(start, *weights, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
+def test_a_process_may_have_nothing_to_validate(compared):
+    """No image at all, or none in the last of its batches of 4; the network can't take an empty batch."""
+    start, one, first, second = compared(list(VALIDATED.values()))
+    for name, *weights in zip(VALIDATED, one, first, second, strict=True):
+        same_weights(start, *weights, name)
+        keys = {"acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"}
+        assert {f"logged val/{key}" for key in keys} <= set(weights[0])

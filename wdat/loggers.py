@@ -1,0 +1,189 @@
+"""Loggers that go on where a stopped run left off: one file of metrics, one folder of TensorBoard, one run of W&B."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import loggers
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import Logger
+
+from wdat.errors import RunError
+
+
+def go_on(of_run: Iterable[Logger], checkpoint: Path) -> None:
+    """Tell the loggers of a resumed run where it goes on; to be called before anything is logged.
+
+    Args:
+        of_run: The trainer's loggers; those of other libraries are left alone.
+        checkpoint: What the run is resumed from. Rows of the steps that it has seen are kept, later ones dropped.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    for logger in of_run:
+        if isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger)):
+            logger.go_on(int(state["global_step"]))
+
+
+@contextmanager
+def own_run() -> Iterator[None]:
+    """End the run of W&B, if there is one, with the block: the next job of a sweep has its own."""
+    try:
+        yield
+    except BaseException:
+        _finish(1)
+        raise
+    _finish(0)
+
+
+def _finish(status: int) -> None:
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=status)
+
+
+class CSVLogger(loggers.CSVLogger):
+    """One file `metrics.csv` for a run, on any number of processes, however often it is stopped and resumed.
+
+    A row is in the file as soon as it is logged.
+
+    Args:
+        save_dir: The folder of the run.
+        name: The folder of the file in it.
+    """
+
+    def __init__(self, save_dir: str | Path, name: str = "metrics") -> None:
+        super().__init__(save_dir, name=name, version="", flush_logs_every_n_steps=1)
+        self._below = 0
+
+    def go_on(self, step: int) -> None:
+        """Keep the rows of the steps before `step`."""
+        self._below = step
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the file."""
+        return self.root_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes the file, on the first process."""
+        if self._experiment is None:
+            self._experiment = MetricsFile(self.log_dir, self._below)
+        return self._experiment  # type: ignore[return-value]
+
+
+class MetricsFile(ExperimentWriter):
+    """Rows of metrics in a CSV file whose columns may grow.
+
+    A row is appended; where it has a new column, the file is written anew under another name and then renamed, so a
+    stop at any time leaves a whole file, perhaps with a part of its last row, which is dropped on reading.
+
+    Args:
+        log_dir: The folder of `metrics.csv`.
+        below: Rows of an existing file are kept if their step is smaller than this.
+    """
+
+    def __init__(self, log_dir: str, below: float = 0) -> None:
+        super().__init__(log_dir)
+        self._path = Path(self.metrics_file_path)
+        self._below = below
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the rows of the stopped run."""
+
+    def save(self) -> None:
+        """Write the rows logged since the last call.
+
+        Raises:
+            RunError: If the file can't be written.
+        """
+        if not self.metrics:
+            return
+        try:
+            if set().union(*self.metrics) <= set(self.metrics_keys):
+                with self._path.open("a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, self.metrics_keys, lineterminator="\n").writerows(self.metrics)
+            else:
+                self._rewrite()
+        except OSError as error:
+            raise RunError(f"{self._path} couldn't be written ({error.strerror or error}): make room") from error
+        self.metrics = []
+
+    def _rewrite(self) -> None:
+        rows: list[Mapping[str, Any]] = [*read_rows(self._path, self._below), *self.metrics]
+        self._below = math.inf  # from now on every row of the file is this run's
+        self.metrics_keys = sorted(set[str]().union(*rows))
+        temporary = self._path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.metrics_keys, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+
+
+def read_rows(path: Path, below: float = math.inf) -> list[dict[str, str]]:
+    """The whole rows of a file of metrics, without their empty cells.
+
+    Args:
+        path: The file; no rows if there is none.
+        below: Only rows whose step is smaller.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+    whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    kept = [row for row in whole if row.get("step", "").isdigit() and int(row["step"]) < below]
+    return [{key: value for key, value in row.items() if value != ""} for row in kept]
+
+
+class TensorBoardLogger(loggers.TensorBoardLogger):
+    """One folder for a run; TensorBoard hides what a stopped run had logged after the checkpoint it is resumed from."""
+
+    def go_on(self, step: int) -> None:
+        """Hide what there is of `step` and later."""
+        self._kwargs["purge_step"] = step
+
+
+class WandbLogger(loggers.WandbLogger):
+    """One run of W&B for a run: its id is kept in `wandb_id.txt` in the run's folder.
+
+    W&B can't take rows back: those after the checkpoint that a run is resumed from appear twice, with the same
+    `trainer/global_step`.
+
+    Args:
+        save_dir: The folder of the run.
+        options: Those of Lightning's logger.
+    """
+
+    def __init__(self, save_dir: str | Path, **options: Any) -> None:
+        super().__init__(save_dir=save_dir, **options)
+        self._id_file = Path(save_dir) / "wandb_id.txt"
+
+    def go_on(self, step: int) -> None:
+        """Take the id of the stopped run, if it had come so far."""
+        if self._id_file.exists():
+            self._id = self._wandb_init["id"] = self._id_file.read_text(encoding="utf-8").strip()
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run of W&B, on the first process."""
+        begins = self._experiment is None
+        run = super().experiment
+        if begins:
+            self._id_file.parent.mkdir(parents=True, exist_ok=True)
+            self._id_file.write_text(f"{run.id}\n", encoding="utf-8")
+        return run
