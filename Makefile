@@ -1,28 +1,32 @@
 # make quickstart   make the environment, install, run the main job on embedded data
 # make test         make the environment, install, run all tests
 # make check        format, lint, types and quick tests, before each commit
+# make sweep-smoke  every sweep at its smallest, offline (minutes on two cores)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format sweep-smoke clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py experiment=quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q -n 2 --dist loadfile
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sweep-smoke: $(INSTALLED)
+	$(BIN)/python -m sweeps.smoke
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.13 is needed: make PYTHON=python3.12") if not (3, 10) <= sys.version_info[:2] <= (3, 13) else None'

@@ -125,7 +125,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
     facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as live:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as live:
         tasks: dict[str, TaskID] = {}
 
         def report(label: str, done: int, total: int) -> None:

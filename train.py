@@ -24,15 +24,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
-from wdat import checkpoints, models
+from wdat import checkpoints, dashboard, loggers, models
 from wdat.attacks import build
 from wdat.callbacks import RobustEvaluation, WorkProgress
 from wdat.checkpoints import SafeCheckpointIO
 from wdat.console import PlainConsole, before_after, figures, quiet_libraries, readable_errors
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.plots import accuracy_against_budget
+from wdat.evaluation.report import write_report
 from wdat.launch import agreed, check_launch, join_group, one_at_a_time
-from wdat.loggers import go_on, own_run
 from wdat.module import WDATModule
 from wdat.objectives import Objective
 from wdat.records import Facts, RecordBook
@@ -58,6 +58,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     check(cfg)
     check_launch(cfg.trainer, HydraConfig.get())
     L.seed_everything(cfg.seed, verbose=False)
+    logger = instantiate(cfg.logger)  # first, because it may want a login
     threat = instantiate(cfg.threat)
     data = instantiate(cfg.data)
     objective: Objective = instantiate(cfg.objective)
@@ -69,7 +70,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(c) for c in (cfg.averaging, *cfg.callbacks.values()) if c],
-        logger=instantiate(cfg.logger),
+        logger=logger,
         plugins=[SafeCheckpointIO()],
     )
     first = trainer.is_global_zero
@@ -81,7 +82,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if notice:
         say(notice)
     if resume:
-        go_on(trainer.loggers, resume)
+        loggers.go_on(trainer.loggers, resume)
+    dashboard.begin(trainer.loggers, cfg)
 
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data)
@@ -126,12 +128,15 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if first:
         picture = run_dir / "curve.png"
         accuracy_against_budget(book.records, picture)
+        report = run_dir / "report.html"
+        write_report(book.records, report)
         table = before_after(book.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
         console = PlainConsole(soft_wrap=False)
         console.print(table)
-        console.print(
-            f"checkpoint {best}\nrecords    {book.path}\npicture    {picture}", highlight=False, soft_wrap=True
-        )
+        files = {"checkpoint": best, "records": book.path, "report": report, "picture": picture}
+        said = "\n".join(f"{name:<10} {path}" for name, path in files.items())
+        console.print(said, highlight=False, soft_wrap=True)
+        dashboard.finish(trainer.loggers, book.records, run_dir, best, trainer.global_step)
     return book
 
 
@@ -221,7 +226,7 @@ def main(cfg: DictConfig) -> None:
     """Compose the configuration and train."""
     quiet_libraries()
     join_group()
-    with readable_errors(), own_run():
+    with readable_errors(), loggers.own_run():
         train(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 

@@ -105,7 +105,8 @@ def test_other_processes_keep_their_environment(place, variables):
     place(variables)
     before = dict(os.environ)
     join_group()
-    assert dict(os.environ) == before
+    said = {} if variables else {launch.STARTER: str(os.getpid())}  # for those that Lightning starts
+    assert dict(os.environ) == before | said
 
 
 def test_jobs_at_the_same_time_have_ports_of_their_own(place):
@@ -513,3 +514,33 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, devices):
         assert {k: float(v) for k, v in one.items()} == pytest.approx({k: float(v) for k, v in two.items()}, rel=1e-5)
     assert [r[:6] for r in records] == [r[:6] for r in other]
     assert all(math.isfinite(r[6]) for r in records)
+
+
+CHILD = """
+import os, sys, time
+from wdat.launch import end_with
+end_with(int(sys.argv[1]), 0.1)
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    """As one that waits for the first process to open their meeting point, where that was killed."""
+    parent = "import os, subprocess, sys, time\n"
+    parent += "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())])\ntime.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent, CHILD], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    assert process.stdout.read() == "", "ends only when the child has closed its output too"
+    process.stdout.close()
+
+
+def test_a_process_whose_starter_is_gone_already_ends():
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "999999999"], timeout=60, cwd=Path(__file__).parents[1], capture_output=True
+    )
+    assert done.returncode == 1

@@ -6,6 +6,7 @@ import csv
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from wdat import loggers
-from wdat.errors import RunError
+from wdat.errors import RunError, SettingError
 from wdat.loggers import CSVLogger, MetricsFile, TensorBoardLogger, WandbLogger, own_run, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +276,7 @@ def test_tensorboard_shows_an_interrupted_run_as_an_uninterrupted_one(tmp_path):
     saved = tmp_path / "saved.ckpt"
     with pytest.raises(Interrupted):
         train(tmp_path / "two", Save(saved, 5, 9), logger=tensorboard)
+    time.sleep(1.1)  # files are read in the order of their names, which begin with the second
     train(tmp_path / "two", logger=tensorboard, resume=saved)
     one, two = (events(tmp_path / name) for name in ("one", "two"))
     for found in (one, two):
@@ -328,7 +330,8 @@ def test_a_run_that_stopped_before_wandb_had_an_id_takes_a_new_one(tmp_path):
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_job_ends_its_run_of_wandb_with_its_status(monkeypatch, status):
     ended = []
-    wandb = SimpleNamespace(run=object(), finish=lambda exit_code: ended.append(exit_code))
+    run = SimpleNamespace(settings=SimpleNamespace(mode="online", sync_dir="run"))
+    wandb = SimpleNamespace(run=run, finish=lambda exit_code: ended.append(exit_code))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     if status:
         with pytest.raises(KeyboardInterrupt), own_run():
@@ -337,6 +340,41 @@ def test_a_job_ends_its_run_of_wandb_with_its_status(monkeypatch, status):
         with own_run():
             pass
     assert ended == [status]
+
+
+def test_only_a_run_on_this_machine_needs_to_be_uploaded(monkeypatch, capsys):
+    for mode, said in (("online", ""), ("offline", "W&B run kept on this machine; to upload it: wandb sync 'a run'\n")):
+        run = SimpleNamespace(settings=SimpleNamespace(mode=mode, sync_dir="a run"))
+        monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run, finish=lambda exit_code: None))
+        with own_run():
+            pass
+        assert capsys.readouterr().out == said
+
+
+def test_a_run_that_wandb_refuses_names_the_ways_out(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**options):
+        raise wandb.errors.CommError("no connection")
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(loggers, "_logged_in", lambda: True)
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(SettingError, match=r"\(no connection\): log in .* WANDB_MODE=offline .* logger=csv"):
+        WandbLogger(tmp_path, project="wdat").log_metrics({"a": 1.0}, 0)
+    assert not (tmp_path / "wandb_id.txt").exists()
+
+
+def test_an_unknown_mode_of_wandb_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(SettingError, match=r"'ofline' \(WANDB_MODE\): did you mean offline"):
+        WandbLogger(tmp_path)
+
+
+def test_wandb_keeps_its_own_choice_where_nothing_is_set(tmp_path):
+    chosen = WandbLogger(tmp_path, offline=True, name=None, group=None, entity="team")._wandb_init
+    assert (chosen["name"], chosen["entity"], chosen["mode"]) == (None, "team", "offline")
+    assert "group" not in chosen
 
 
 def test_without_wandb_a_job_just_ends(monkeypatch):

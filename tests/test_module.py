@@ -18,7 +18,7 @@ from torch import nn
 
 from wdat import models
 from wdat.attacks import build
-from wdat.attacks.budget import PGD
+from wdat.attacks.budget import PGD, WPGDBudget
 from wdat.data import ImageDataModule
 from wdat.errors import SettingError
 from wdat.module import WDATModule
@@ -277,6 +277,35 @@ def test_frozen_batchnorm_is_shared_again(data):
     spy = Spy(loss="kl", steps=2)
     fit(module_for(network, attack=spy), data, 2)
     assert spy.seen[0].log_clean is not None
+
+
+class Kept(WPGDBudget):
+    """W-PGD-budget that remembers what surrounded it."""
+
+    def __call__(self, network, x, y, threat, context=None):
+        self.context = context
+        return super().__call__(network, x, y, threat, context)
+
+
+@pytest.mark.parametrize("trained", ["all", "head"])
+def test_one_clean_pass_serves_loss_and_radii_unless_the_backbone_is_frozen(data, trained):
+    network = small_cnn()
+    models.prepare(network, trained)
+    kept = Kept(loss="kl", steps=2, step_size=0.5)
+    fit(module_for(network, attack=kept), data, 2)
+    assert (kept.context.clean_pass is not None) == (trained == "all")
+
+
+def test_sharing_the_clean_pass_changes_nothing(data, monkeypatch):
+    def trained():
+        network = small_cnn()
+        fit(module_for(network, sensitivity=Table()), data, 3)
+        return network
+
+    shared = trained()
+    monkeypatch.setattr("wdat.module.is_compiled", lambda network: True)  # a compiled network can't share
+    for mine, theirs in zip(shared.parameters(), trained().parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unuse
 CLASSES = ("DDPStrategy", "SingleDeviceStrategy")
 FIRST_PORT, PORTS = 10_000, 20_000  # below the ports that systems give away on their own
 PATIENCE = timedelta(minutes=5)
+STARTER = "WDAT_STARTED_BY"  # an environment variable: the process that Lightning starts others from
 DRIVER = Path("/proc/driver/nvidia")
 
 
@@ -134,9 +136,13 @@ def _from_the_first(place: Outside, decide: Callable[[], list[str]]) -> list[str
 def join_group() -> None:
     """Take this process's place among the tasks of a job of submitit on one machine, in Lightning's words.
 
-    On SLURM Lightning reads the place itself. Does nothing elsewhere.
+    On SLURM Lightning reads the place itself. A process that Lightning has started ends with the one that started it.
     """
     place = outside()
+    if place is None and int(os.environ.get("LOCAL_RANK", 0)) > 0 and STARTER in os.environ:
+        end_with(int(os.environ[STARTER]))
+    elif place is None:
+        os.environ[STARTER] = str(os.getpid())  # for those that Lightning will start from here
     if place is None or place.starter != "submitit" or place.world == 1:
         return
     port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS  # the id is that of the job's process
@@ -146,6 +152,22 @@ def join_group() -> None:
     )  # fmt: skip
     os.environ.pop("SLURM_NTASKS", None)  # of the allocation in which the sweep may run: not these processes
     rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
+
+
+def end_with(starter: int, seconds: float = 1.0) -> None:
+    """End this process when the one that started it is gone, which otherwise may be waited for until a time limit.
+
+    Args:
+        starter: That process's number; it may be gone already.
+        seconds: How often to look.
+    """
+
+    def watch() -> None:
+        while os.getppid() == starter:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_launch(trainer: DictConfig, hydra: HydraConf) -> None:

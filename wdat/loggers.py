@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
 
-from wdat.errors import RunError
+from wdat.errors import RunError, SettingError, unknown
+
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of W&B
+OFFLINE = ("offline", "dryrun")
+WITHOUT_LOGIN = "log in with `wandb login`, set WANDB_MODE=offline to keep the run on this machine, or use logger=csv"
 
 
 def go_on(of_run: Iterable[Logger], checkpoint: Path) -> None:
@@ -35,7 +43,10 @@ def go_on(of_run: Iterable[Logger], checkpoint: Path) -> None:
 
 @contextmanager
 def own_run() -> Iterator[None]:
-    """End the run of W&B, if there is one, with the block: the next job of a sweep has its own."""
+    """End the run of W&B, if there is one, with the block: the next job of a sweep has its own.
+
+    Says how to upload a run that was kept on this machine.
+    """
     try:
         yield
     except BaseException:
@@ -46,8 +57,13 @@ def own_run() -> Iterator[None]:
 
 def _finish(status: int) -> None:
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=status)
+    run = wandb.run if wandb is not None else None
+    if wandb is None or run is None:
+        return
+    offline, folder = run.settings.mode in OFFLINE, run.settings.sync_dir
+    wandb.finish(exit_code=status)
+    if offline:
+        print(f"W&B run kept on this machine; to upload it: wandb sync {shlex.quote(str(folder))}")
 
 
 class CSVLogger(loggers.CSVLogger):
@@ -161,16 +177,40 @@ class WandbLogger(loggers.WandbLogger):
     """One run of W&B for a run: its id is kept in `wandb_id.txt` in the run's folder.
 
     W&B can't take rows back: those after the checkpoint that a run is resumed from appear twice, with the same
-    `trainer/global_step`.
+    `trainer/global_step`. A job of a Hydra sweep is named by the sweep's folder and its own number, and grouped by the
+    folder.
 
     Args:
         save_dir: The folder of the run.
-        options: Those of Lightning's logger.
+        offline: Keep the run on this machine, as with WANDB_MODE=offline.
+        log_checkpoint: Upload the chosen checkpoint too.
+        options: Those of Lightning's logger and of `wandb.init`; None leaves W&B its own choice.
+
+    Raises:
+        SettingError: On the first process, if the run would need an account and there is no login. Never asks for one.
     """
 
-    def __init__(self, save_dir: str | Path, **options: Any) -> None:
-        super().__init__(save_dir=save_dir, **options)
+    def __init__(
+        self, save_dir: str | Path, offline: bool = False, log_checkpoint: bool = False, **options: Any
+    ) -> None:
+        given = {key: value for key, value in options.items() if value is not None}
+        super().__init__(save_dir=save_dir, **{**_place_in_sweep(), **given})
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # W&B warns of Lightning's default
+        self.log_checkpoint = log_checkpoint
         self._id_file = Path(save_dir) / "wandb_id.txt"
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._settle("offline" if offline else _mode())
+
+    def _settle(self, mode: str) -> None:
+        """Choose the mode before W&B does, who would ask where there is a terminal."""
+        import wandb
+
+        if mode in OFFLINE:
+            quiet = wandb.Settings(silent=True)  # `own_run` says how to upload the run
+            self._wandb_init = {"settings": quiet, **self._wandb_init, "mode": "offline"}
+        elif mode != "disabled" and not _logged_in():
+            raise SettingError(f"logger=wandb needs a login to W&B, and there is none: {WITHOUT_LOGIN}")
 
     def go_on(self, step: int) -> None:
         """Take the id of the stopped run, if it had come so far."""
@@ -181,9 +221,51 @@ class WandbLogger(loggers.WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The run of W&B, on the first process."""
-        begins = self._experiment is None
-        run = super().experiment
-        if begins:
-            self._id_file.parent.mkdir(parents=True, exist_ok=True)
-            self._id_file.write_text(f"{run.id}\n", encoding="utf-8")
-        return run
+        if self._experiment is None:
+            self._begin()
+        return self._experiment
+
+    def _begin(self) -> None:
+        import wandb
+
+        try:
+            run = super().experiment
+        except wandb.errors.Error as error:
+            raise SettingError(f"W&B doesn't begin a run ({' '.join(str(error).split())}): {WITHOUT_LOGIN}") from error
+        self._id_file.parent.mkdir(parents=True, exist_ok=True)
+        self._id_file.write_text(f"{run.id}\n", encoding="utf-8")
+
+
+def _mode() -> str:
+    """How W&B is to be used: what the environment says, or else what `wandb offline` has stored."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or str(wandb.setup().settings.mode)
+    if mode not in MODES:
+        raise unknown("mode of W&B", mode, MODES, "WANDB_MODE")
+    return mode
+
+
+def _logged_in() -> bool:
+    """Whether W&B finds credentials; nobody is asked, and nothing is sent."""
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # an older W&B, which only asks
+        return bool(wandb.api.api_key)
+    except wandb.errors.Error as error:
+        raise SettingError(
+            f"W&B can't use the login that it finds ({' '.join(str(error).split())}): {WITHOUT_LOGIN}"
+        ) from error
+
+
+def _place_in_sweep() -> dict[str, str]:
+    """Group and name of a job of a Hydra sweep; nothing for a single run, or where the environment names them."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.mode != RunMode.MULTIRUN:
+        return {}
+    folder = Path(hydra.sweep.dir)
+    group = folder.name if folder.is_absolute() else folder.as_posix()
+    found = {"group": (group, "WANDB_RUN_GROUP"), "name": (f"{folder.name}-{hydra.job.num}", "WANDB_NAME")}
+    return {key: text[-128:] for key, (text, variable) in found.items() if variable not in os.environ}

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from wdat.attacks import Attack, AttackResult, Context
 from wdat.batch import Batch
 from wdat.errors import DIVERGED, RunError, SettingError
+from wdat.gradients import forward
 from wdat.guard import undisturbed
 from wdat.losses import log_probabilities
 from wdat.metrics import CountAccuracy
@@ -170,7 +171,8 @@ class WDATModule(L.LightningModule):
             self._modes_agree = modes_agree(network, batch.x)
         if not (objective.needs_logits and self._modes_agree):
             return None, context
-        shared = objective.uses_attack and not self._uniform and not is_compiled(network)
+        whole = next(network.parameters()).requires_grad  # else backward would pass through a frozen backbone to x
+        shared = objective.uses_attack and whole and not self._uniform and not is_compiled(network)
         x = batch.x.detach().requires_grad_(True) if shared else batch.x
         logits = network(x)
         clean_pass = (x, logits) if shared else None
@@ -234,7 +236,7 @@ class WDATModule(L.LightningModule):
     def _count(self, split: str, batch: Batch) -> None:
         metric: CountAccuracy = self.accuracy[split]  # type: ignore[assignment]
         with torch.autocast(self.device.type, enabled=False):  # evaluation is always in float32
-            metric.update(self.network(batch.x), batch.y)
+            metric.update(forward(self.network, batch.x), batch.y)
         self.log(f"{split}/acc_clean", metric, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

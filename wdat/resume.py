@@ -58,7 +58,8 @@ def resumed_arguments(arguments: Sequence[str], checkpoints: Sequence[str] = CHE
             "trust it, repeat it on the command line"
         )
     quoted = "'" + str(run).replace("'", r"\'") + "'"  # in Hydra's grammar commas, brackets and braces have meanings
-    return [*old, *new, f"hydra.run.dir={quoted}", f"{KEY}{quoted}"]
+    flags, new = [a for a in new if a.startswith("-")], [a for a in new if not a.startswith("-")]
+    return [*flags, *old, *new, f"hydra.run.dir={quoted}", f"{KEY}{quoted}"]
 
 
 def _foreign(override: str) -> bool:

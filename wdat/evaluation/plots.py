@@ -70,8 +70,8 @@ def accuracy_curves(group: Group) -> Figure:
     Args:
         group: Records of one network, set of images, norm and order. Earlier stages are drawn paler.
     """
-    figure, axes = _axes()
-    scale, unit = _unit(group.norm)
+    figure, axes = new_axes()
+    scale, unit = unit_of(group.norm)
     reach = 1.15 * scale * (max(group.deltas, default=0.0) or 1 / 255)
     losses = sorted({r.loss for r in group.records})
     for stage in group.stages:
@@ -95,7 +95,7 @@ def accuracy_curves(group: Group) -> Figure:
             dash = DASHES[losses.index(loss) % len(DASHES)]
             x, y = [scale * r.delta for r in line], [100 * r.accuracy for r in line]
             name = f"{attack} {loss}{kind}{several}"
-            axes.plot(x, y, linestyle=dash, lw=1.3, marker="o", ms=3, label=_plain(name), **style)
+            axes.plot(x, y, linestyle=dash, lw=1.3, marker="o", ms=3, label=plain(name), **style)
         for loss in losses:
             found = [(d, v) for of, d, v in group.estimates(stage) if of == loss]
             if found:
@@ -103,13 +103,13 @@ def accuracy_curves(group: Group) -> Figure:
                 xs, ys = np.array(start + found).T
                 mark = "dxv^"[losses.index(loss) % 4]
                 name = f"{ESTIMATE}, {loss}{several}"
-                axes.plot(scale * xs, 100 * ys, ":", marker=mark, ms=4, color="#444444", alpha=pale, label=_plain(name))
+                axes.plot(scale * xs, 100 * ys, ":", marker=mark, ms=4, color="#444444", alpha=pale, label=plain(name))
         if clean:
             axes.plot([0], [100 * clean.accuracy], "o", ms=4, color="#222222", alpha=pale, clip_on=False)
     axes.set(
-        xlim=(0, reach), ylim=(0, 100), xlabel=_plain(f"budget δ{unit}, {group.norm}"), ylabel="accuracy in percent"
+        xlim=(0, reach), ylim=(0, 100), xlabel=plain(f"budget δ{unit}, {group.norm}"), ylabel="accuracy in percent"
     )
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -125,14 +125,14 @@ def radius_histogram(records: Sequence[Record]) -> Figure | None:
     kept = [r for r in records if (r.details.get("histogram") or {}).get("counts")]
     if not kept:
         return None
-    figure, axes = _axes()
-    scale, unit = _unit(kept[0].norm)
+    figure, axes = new_axes()
+    scale, unit = unit_of(kept[0].norm)
     for r in kept:
         edges = scale * np.array(r.details["histogram"]["edges"], dtype=float)
         counts = np.array(r.details["histogram"]["counts"], dtype=float)
         colour = COLOURS.get(r.attack, "#5b4b9a")
         density = np.where(counts > 0, counts / np.maximum(np.diff(edges), 1e-12), np.nan)
-        name = _plain(f"{r.attack} ({order_name(r.p)}, {r.loss})")
+        name = plain(f"{r.attack} ({order_name(r.p)}, {r.loss})")
         axes.stairs(density, edges, fill=True, color=colour, alpha=0.25, baseline=1e-3)
         axes.stairs(density, edges, color=colour, lw=1.2, label=name, baseline=1e-3)
         critical = r.details.get("critical_distance")
@@ -147,10 +147,10 @@ def radius_histogram(records: Sequence[Record]) -> Figure | None:
         )
     axes.set(yscale="log", ylim=(0.5 * _smallest(kept, scale), None), xlim=(0, min(far, reach)))
     axes.set(
-        xlabel=_plain(f"distance moved{unit}, {kept[0].norm}"),
+        xlabel=plain(f"distance moved{unit}, {kept[0].norm}"),
         ylabel=f"images per {'1/255' if scale == 255 else 'unit'}",
     )
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -159,20 +159,21 @@ def accuracy_against_effort(records: Sequence[Record]) -> Figure | None:
     kept = [r for r in records if r.details.get("effort")]
     if not kept:
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for number, r in enumerate(kept):
         passes, accuracy = np.array(r.details["effort"], dtype=float).T
         pale = 0.45 if r.stage == "before" else 1.0
         name = f"{order_name(r.p)}, δ = {_delta(r)}{f', {r.stage}' if r.stage != 'evaluate' else ''}"
         dash, mark = DASHES[number % len(DASHES)], "osd^v"[number % 5]
         style: dict[str, Any] = {"color": COLOURS["knapsack"], "alpha": pale, "linestyle": dash, "marker": mark}
-        axes.plot(passes, 100 * accuracy, ms=4, label=_plain(name), **style)
+        axes.plot(passes, 100 * accuracy, ms=4, label=plain(name), **style)
     axes.set(xlim=(0, None), ylim=(0, 100), xlabel="gradient passes an image", ylabel="accuracy in percent")
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
-def _axes() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
+    """A figure with one pair of axes in the house style."""
     with matplotlib.rc_context(FONT):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -181,7 +182,7 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
     """Below the axes, with room of its own."""
     names = axes.get_legend_handles_labels()[1]
     if not names:
@@ -189,14 +190,14 @@ def _legend(figure: Figure, axes: Axes) -> None:
     columns = 2 if max(map(len, names)) <= 36 else 1
     figure.set_size_inches(SIZE[0], SIZE[1] + 0.18 * math.ceil(len(names) / columns))
     figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=2.2, columnspacing=1.2
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.5, columnspacing=1.2
     )
 
 
 def _knapsack(axes: Axes, points: Sequence[Record], scale: float, p: float, style: dict[str, Any]) -> None:
     """The whole curve, linear in δ^p between its points (constant at p = inf), and measured points with intervals."""
     budgets, accuracy = np.array([r.details["curve"] for r in points if r.details.get("curve")][-1], dtype=float).T
-    name = _plain(style.pop("label"))
+    name = plain(style.pop("label"))
     if math.isinf(p):
         axes.step(scale * budgets, 100 * accuracy, where="post", lw=2, label=name, **style)
     else:
@@ -222,7 +223,8 @@ def _smallest(records: Sequence[Record], scale: float) -> float:
     return float(1 / max(*widths, 1e-12))
 
 
-def _unit(norm: str) -> tuple[float, str]:
+def unit_of(norm: str) -> tuple[float, str]:
+    """What a length is multiplied with on an axis, and how the axis says so."""
     return (255.0, " in units of 1/255") if norm == "linf" else (1.0, " in pixel units")
 
 
@@ -230,7 +232,7 @@ def _delta(record: Record) -> str:
     return budget_name(record.delta, record.norm)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib draws as it is: no mathematics between dollars, no label hidden by an underscore."""
     return (" " if text.startswith("_") else "") + _short(text).replace("$", r"\$")
 
@@ -269,12 +271,12 @@ def accuracy_against_budget(records: Sequence[Record], path: Path) -> None:
                 continue
             points = clean + [latest[delta] for delta in sorted(latest)]
             x, y = [255 * r.delta for r in points], [100 * r.accuracy for r in points]
-            name = _plain(f"{stage}: {attack} ({order_name(points[-1].p)})")
+            name = plain(f"{stage}: {attack} ({order_name(points[-1].p)})")
             axes.plot(x, y, styles[attack], color=colour, marker="o", markersize=3.5, label=name)
             low, high = [100 * r.accuracy_low for r in points], [100 * r.accuracy_high for r in points]
             axes.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0)
     about = chosen[-1] if chosen else None
-    axes.set_xlabel(_plain(f"budget δ in units of 1/255{f' ({about.norm})' if about else ''}"))
+    axes.set_xlabel(plain(f"budget δ in units of 1/255{f' ({about.norm})' if about else ''}"))
     axes.set_ylabel("accuracy in percent")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)

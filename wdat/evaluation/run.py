@@ -256,6 +256,7 @@ def evaluate(
     facts: Facts | None = None,
     processes: Processes = ALONE,
     progress: Progress | None = None,
+    pictures: bool = False,
 ) -> list[Record]:
     """Clean accuracy and accuracy under attacks that share one budget over the whole set.
 
@@ -275,6 +276,7 @@ def evaluate(
         facts: What they say of network, data and seed.
         processes: The processes that hold the other parts of the set.
         progress: Called with a label, steps done and steps in all.
+        pictures: Whether records carry examples and histograms.
 
     Returns:
         Clean records, one a loss, then one record for each attack and loss.
@@ -291,5 +293,6 @@ def evaluate(
     """
     tensors = loader if isinstance(loader, ImageTensors) else ImageTensors.collect(loader, device_of(network))
     built = plan(attacks, losses, options, batch_size)
-    evaluator = Evaluator(network, tensors, batch_size, stage, split, epoch, facts or Facts(), processes, progress)
+    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures)
+    evaluator = Evaluator(network, tensors, batch_size, *about)
     return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]

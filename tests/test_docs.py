@@ -1,0 +1,419 @@
+"""The pages: what they tell a reader to type composes and runs, what they link to exists."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import re
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from matplotlib import image
+from omegaconf import OmegaConf
+from PIL import Image
+from script_runner import run_script
+
+import wdat
+from wdat.attacks import ATTACKS
+from wdat.data import SOURCES, digits
+from wdat.evaluation import details
+from wdat.losses import LOSSES
+from wdat.models import LOCAL, load_network, zoo
+from wdat.records import Record, read
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+SCRIPTS = ("train.py", "evaluate.py")
+FENCE = re.compile(r"(?:^\*\*(?P<title>[^*\n]+)\*\*\n\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
+
+EVALUATION = "callbacks.robust_evaluation"
+QUICK = [
+    "trainer.accelerator=cpu", "trainer.devices=1", "trainer.check_val_every_n_epoch=1", "trainer.max_epochs=1",
+    "pretrain.max_epochs=1", "curve=[]", "attack.steps=2", "data.batch_size=16",
+    f"{EVALUATION}.pointwise.steps=2", f"{EVALUATION}.distributional.steps=2", f"{EVALUATION}.distributional.loss=ce",
+    "data.limit_train=64", "data.limit_val=20", "data.limit_test=25",
+]  # fmt: skip
+QUICK_EVALUATION = ["attacks=[pgd,wpgd]", "losses=[ce]", "attack_options.pgd.steps=2", "attack_options.wpgd.steps=2"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what stands in bold before it, its language and its text."""
+
+    title: str
+    language: str
+    body: str
+
+
+def blocks(page):
+    return [Block(m["title"] or "", m["language"], m["body"]) for m in FENCE.finditer(PAGES[page].read_text("utf-8"))]
+
+
+def prose(page):
+    """The page without its fenced blocks."""
+    return FENCE.sub("", PAGES[page].read_text("utf-8"))
+
+
+def files(page):
+    """What the page tells its reader to write, by name."""
+    return {b.title: b.body for b in blocks(page) if b.title.startswith("my/")}
+
+
+def commands(page):
+    """Command lines in blocks without a language, and in the prose; not those that are cut short."""
+    lines = [line for b in blocks(page) if not b.language for line in b.body.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", prose(page))]
+    start = re.compile(r"(\w+=\S+ )*(python|torchrun|make) ")
+    return [" ".join(line.split()) for line in lines if start.match(line) and "…" not in line]
+
+
+# --- a folder of one's own -----------------------------------------------------------------------------------------
+
+
+def forget():
+    """Leave no trace of the folder `my` in this process."""
+    for name in [n for n in sys.modules if n == "my" or n.startswith("my.")]:
+        del sys.modules[name]
+    for registry, name in ((ATTACKS, "momentum"), (SOURCES, "folders"), (LOCAL, "tiny")):
+        registry.pop(name, None)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The reader's folder: `my/` as the pages have it, and the working directory."""
+    folder = tmp_path_factory.mktemp("reader")
+    for page in PAGES:
+        for name, text in files(page).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        forget()
+        yield folder
+    forget()
+
+
+def test_every_file_of_ones_own_is_written_once():
+    names = [name for page in PAGES for name in files(page)]
+    assert len(names) == len(set(names)) >= 8
+    for name in names:
+        assert "/conf/" in name if name.endswith(".yaml") else name.endswith(".py")
+
+
+# --- what is typed -------------------------------------------------------------------------------------------------
+
+
+def variants(words):
+    """The arguments without what needs a finished run; of a sweep each combination."""
+    flags = [w for w in words if w.startswith("-") and w not in ("-m", "--multirun")]
+    assert all("=" in flag for flag in flags), "write flags as --flag=value"
+    flags = [re.sub(r"^(--config-dir=)(?!my/)", rf"\1{ROOT}/", flag) for flag in flags]
+    typed = [w for w in words if not w.startswith("-") and not w.startswith("resume=")]
+    choices = []
+    for override in OverridesParser.create().parse_overrides(typed):
+        swept = override.sweep_string_iterator() if override.is_sweep_override() else None
+        choices.append([f"{override.get_key_element()}={v}" for v in swept] if swept else [override.input_line])
+    for overrides in itertools.product(*choices):
+        yield [*flags, *overrides]
+
+
+def check_composed(config):
+    """Every name that only a run would look up is one."""
+    instantiate(config.threat)
+    model = config.model
+    if model._target_.endswith("load_network"):
+        importlib.import_module(model._target_.rpartition(".")[0])
+        assert model.name in LOCAL or zoo.resolve(model.name, model.dataset, model.threat_model)
+    instantiate(config.data)
+    if "attacks" in config:
+        assert set(config.attacks) <= set(ATTACKS)
+        assert set(config.losses) <= set(LOSSES)
+        return
+    for group in ("attack", "objective", "sensitivity"):
+        instantiate(config[group])
+
+
+TYPED = sorted({(page, command) for page in PAGES for command in commands(page)})
+
+
+@pytest.mark.parametrize(("page", "command"), TYPED, ids=[f"{Path(p).stem}: {c}" for p, c in TYPED])
+def test_commands_name_what_exists(page, command, own):
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"\w+=.*", words[0]):
+        words.pop(0)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] == "torchrun":
+        words = ["python", *(w for w in words[1:] if not w.startswith("-"))]
+    assert words[0] == "python"
+    if words[1] == "-m":
+        module = words[2].split(".")
+        file = ROOT.joinpath(*module).with_suffix(".py")
+        assert file.is_file() or importlib.util.find_spec(words[2]), words[2]
+        return
+    assert (ROOT / words[1]).is_file(), words[1]
+    if words[1] in SCRIPTS:
+        for arguments in variants(words[2:]):
+            shown = run_script(ROOT / words[1], *arguments, "--cfg=job")
+            assert (shown.status, shown.err) == (0, ""), shown.err
+            check_composed(OmegaConf.create(shown.out))
+
+
+def test_the_pages_have_commands():
+    assert {Path(page).stem for page, _ in TYPED} >= {"README", "extend", "fine-tune", "method", "report"}
+    assert sum(page == "docs/extend.md" for page, _ in TYPED) >= 7
+
+
+# --- what is linked ------------------------------------------------------------------------------------------------
+
+
+def anchors(file):
+    """GitHub's names of a page's headings."""
+    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", file.read_text("utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_images_exist(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page)))
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert file.exists(), target
+        assert file.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("docs/")])
+def test_files_named_in_the_prose_exist(page):
+    for name in re.findall(r"`((?:conf|tests|results|docs|wdat|benchmarks)/[\w./-]*)`", prose(page)):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_index_has_every_page():
+    index = PAGES["docs/README.md"].read_text("utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_survive_markdown(page):
+    """GitHub takes backslashes before punctuation, and stars, for its own; inline formulas end on their line."""
+    text = re.sub(r"`[^`]*`", "", prose(page))
+    for line in text.splitlines():
+        assert line.count("$") % 2 == 0, line
+    for formula in re.findall(r"\${1,2}([^$]+)\${1,2}", text):
+        assert not re.search(r"\\[^A-Za-z]|\*", formula), formula
+        assert formula.count("{") == formula.count("}"), formula
+        assert formula.count("(") + formula.count("[") == formula.count(")") + formula.count("]"), formula
+
+
+def test_figures_are_made_from_committed_records(tmp_path):
+    spec = importlib.util.spec_from_file_location("figures_of_the_docs", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    made = figures.draw(tmp_path)
+    assert {f.name for f in made} <= {f.name for f in DOCS.glob("*.png")}
+    shown = " ".join(page.read_text("utf-8") for page in PAGES.values())
+    for file in made:
+        assert f"({file.name})" in shown
+        fresh, committed = image.imread(file)[..., :3], image.imread(DOCS / file.name)[..., :3]
+        assert fresh.shape == committed.shape
+        assert fresh.std() == pytest.approx(committed.std(), rel=0.1), "another picture: python -m docs.figures"
+
+
+# --- what a report's fields mean -----------------------------------------------------------------------------------
+
+
+def test_every_field_of_a_record_is_explained():
+    text = prose("docs/report.md")
+    known = {f.name for f in fields(Record)} | set(re.findall(r"^\| `(\w+)` \|", details.__doc__, re.M))
+    assert len(known) > 30
+    rows = re.findall(r"^\| (`[^|]+`) \|", text, re.M)
+    assert known <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+# --- what the pages say, done --------------------------------------------------------------------------------------
+
+
+def words_of(command):
+    """The script and its arguments."""
+    return shlex.split(command)[1], shlex.split(command)[2:]
+
+
+@pytest.fixture(scope="module")
+def pictures(own):
+    """Class folders, as `docs/extend.md` wants them."""
+    data = digits()
+    for split, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+        for i in range(120):
+            file = own / "pictures" / split / f"class{int(y[i])}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((40, 48)).save(file)
+    return own / "pictures"
+
+
+@pytest.fixture(scope="module")
+def followed(own, pictures):
+    """Every command of `docs/extend.md` in its order, at the smallest size; by command what came of it."""
+    momentum, mart = importlib.import_module("my.momentum"), importlib.import_module("my.mart")
+    counted = {"momentum": 0, "mart": 0}
+
+    def count(kind, method, key):
+        original = getattr(kind, method)
+
+        def wrapper(*arguments):
+            counted[key] += 1
+            return original(*arguments)
+
+        setattr(kind, method, wrapper)
+
+    count(momentum.Momentum, "_run", "momentum")
+    count(mart.MART, "__call__", "mart")
+    outcomes, folder = {}, None
+    listed = [c for b in blocks("docs/extend.md") if not b.language for c in b.body.replace("\\\n", "").splitlines()]
+    for number, command in enumerate(c for c in listed if c.startswith("python ")):
+        script, arguments = words_of(command.replace("FOLDER", str(pictures)).replace("RUN_DIR", str(folder)))
+        resumed = any(a.startswith("resume=") for a in arguments)
+        before = dict(counted)
+        if not resumed:
+            folder_now = own / f"run{number}"
+            arguments += [*(QUICK if script == "train.py" else QUICK_EVALUATION), f"hydra.run.dir={folder_now}"]
+            folder = folder_now if script == "train.py" else folder
+        else:
+            folder_now = folder
+            arguments.append("trainer.max_epochs=2")
+        result = run_script(ROOT / script, *arguments)
+        assert result.status == 0, result.err[-2000:]
+        config = OmegaConf.load(folder_now / ".hydra" / "config.yaml")
+        calls = {key: counted[key] - before[key] for key in counted}
+        key = " ".join(command.split())
+        outcomes[key] = SimpleNamespace(
+            script=script, resumed=resumed, config=config, calls=calls, err=result.err,
+            records=read(folder_now / "records.json"),
+        )  # fmt: skip
+    return outcomes
+
+
+EXTEND = [" ".join(c.split()) for c in commands("docs/extend.md") if c.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", EXTEND)
+def test_extending(followed, command):
+    run = followed[command]
+    assert run.err == ""
+    stages = {r.stage for r in run.records}
+    assert stages == ({"before", "epoch", "after"} if run.script == "train.py" else {"evaluate"})
+    assert all(0 <= r.accuracy <= 1 and r.network == "small_cnn" for r in run.records)
+    own_data = "data=folders" in command or run.resumed
+    assert {r.data for r in run.records} == {"folders" if own_data else "digits"}
+    assert {r.n for r in run.records if r.split == "test"} == {25 if run.script == "train.py" else 120}
+    attacked = {r.attack for r in run.records}
+    assert attacked == ({"none", "pgd", "momentum"} if "distributional.name" in command else {"none", "pgd", "wpgd"})
+    if run.script == "train.py":
+        assert (run.calls["momentum"] > 0) == ("attack=momentum" in command or run.resumed)
+        assert (run.calls["mart"] > 0) == ("objective=mart" in command or run.resumed)
+        assert (run.config.attack._target_ == "my.momentum.build") == ("attack=momentum" in command or run.resumed)
+        assert {r.epoch for r in run.records if r.stage == "epoch"} == ({1, 2} if run.resumed else {1})
+
+
+def test_extending_covers_each_kind(followed):
+    text = " ".join(followed)
+    for what in ("attack=momentum", "objective=mart", "data=folders", "resume=", "evaluate.py"):
+        assert what in text
+
+
+@pytest.fixture
+def problem():
+    """A network, a loader and one batch."""
+    data = digits()
+    x, y = data.x_test[:24].float() / 255, data.y_test[:24]
+    network = load_network("small_cnn")
+    return SimpleNamespace(network=network, loader=[(x[:16], y[:16]), (x[16:], y[16:])], x=x, y=y)
+
+
+def test_an_attack_of_ones_own_from_python(own, problem):
+    (snippet,) = [b.body for b in blocks("docs/extend.md") if b.title == "in Python"]
+    scope = dict(vars(problem))
+    exec(snippet.replace('Momentum(loss="redlr")', 'Momentum(loss="redlr", steps=3)'), scope)
+    assert [r.attack for r in scope["records"]] == ["none", "wpgd", "momentum"]
+    assert all(isinstance(r, wdat.Record) and r.distance <= 0.1 * (1 + 1e-5) for r in scope["records"])
+    assert scope["records"][2].options["decay"] == 0.9
+
+
+def test_the_attack_of_the_page_is_wpgd_budget_without_momentum(own, problem):
+    momentum = importlib.import_module("my.momentum").Momentum
+    for p, norm in ((2, "linf"), (2, "l2"), (float("inf"), "linf")):
+        threat = wdat.ThreatModel(p=p, norm=norm, delta=0.1)
+        plain = wdat.attack(problem.network, problem.x, problem.y, threat, "wpgd_budget", steps=3, step_size=0.5)
+        same = momentum(decay=0.0, steps=3, step_size=0.5)(problem.network, problem.x, problem.y, threat)
+        torch.testing.assert_close(same.x_adv, plain.x_adv)
+    other = momentum(steps=3, step_size=0.5)(problem.network, problem.x, problem.y, wdat.ThreatModel(2, "l2", 0.1))
+    plain = wdat.attack(problem.network, problem.x, problem.y, other.threat, "wpgd_budget", steps=3, step_size=0.5)
+    assert not torch.equal(other.x_adv, plain.x_adv)
+
+
+def test_the_objective_of_the_page_is_mart(own, problem):
+    """Against the formula of Wang et al. 2020, written with probabilities."""
+    x_w = (problem.x + 0.1).clamp(0, 1)
+    clean, attacked = problem.network(problem.x).double(), problem.network(x_w).double()
+    p, q, rows = clean.softmax(1), attacked.softmax(1), torch.arange(len(problem.y))
+    true = q[rows, problem.y]
+    q_others = q.clone()
+    q_others[rows, problem.y] = 0
+    boosted = (-true.log() - (1.0001 - q_others.max(1).values).log()).mean()
+    weighted = ((p * (p / q).log()).sum(1) * (1 - p[rows, problem.y])).mean()
+    terms = importlib.import_module("my.mart").MART(beta_w=5.0, clean=False)(
+        problem.network, clean.float(), problem.y, None, x_w
+    )
+    torch.testing.assert_close(terms.loss.double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_readme_from_python(problem):
+    (snippet,) = [b.body for b in blocks("README.md") if b.language == "python"]
+    scope = dict(vars(problem))
+    exec(snippet.replace('"knapsack"', '"wfgsm"'), scope)
+    assert scope["result"].x_adv.shape == problem.x.shape
+    assert {r.attack for r in scope["records"]} == {"none", "pgd", "wpgd", "wfgsm"}
+
+
+def test_fine_tuning_ones_own(own):
+    """Own architecture, own weights, own images, last layer only, as `docs/fine-tune.md` has it."""
+    (snippet,) = [b.body for b in blocks("docs/fine-tune.md") if b.language == "python" and "savez" in b.body]
+    data = digits()
+    arrays = {
+        f"x_{s}": x[:100].permute(0, 2, 3, 1).numpy() for s, x in (("train", data.x_train), ("test", data.x_test))
+    }
+    arrays |= {f"y_{s}": y[:100].numpy() for s, y in (("train", data.y_train), ("test", data.y_test))}
+    exec(snippet, arrays)
+    torch.save(importlib.import_module("my.network").Tiny(10).state_dict(), "FILE.pt")
+    (command,) = [c for c in commands("docs/fine-tune.md") if "--config-dir" in c]
+    script, arguments = words_of(command)
+    (images,) = [c for c in commands("docs/fine-tune.md") if c.startswith("python train.py") and "data=npz" in c]
+    arguments += [a for a in words_of(images)[1] if a.startswith("data")]
+    small = [a for a in QUICK if not a.startswith("pretrain")]
+    result = run_script(ROOT / script, *arguments, *small, "data.val_size=0.2", "finetune=head", "hydra.run.dir=tiny")
+    assert (result.status, result.err) == (0, "")
+    records = read(Path("tiny/records.json"))
+    assert {(r.network, r.data, r.stage) for r in records} == {
+        ("tiny", "npz:FILE", s) for s in ("before", "epoch", "after")
+    }
+    assert "head.weight, head.bias" in result.out
+    assert np.isfinite([r.accuracy for r in records]).all()

@@ -1,0 +1,228 @@
+"""The runs below folders: their records, the command that made each, and the arm of a comparison that it belongs to.
+
+An **arm** is what runs share that differ in their seed alone. Its label is made of
+
+1. the run's own overrides, where Hydra left `.hydra/overrides.yaml` beside the records, without those that all runs
+   share and those that say where, how often or on what (`seed`, `hydra.*`, `resume`, `logger`, `model`, `data`, ...:
+   the table has columns for them); an evaluation of a checkpoint in a run's folder takes that run's arm;
+2. otherwise the folder of the records relative to the folder named, without the parts that state the seed
+   (`trades/seed0` and `trades/1` are `trades`), or that folder's own name.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from wdat.errors import SettingError
+from wdat.records import Record, read
+
+LABELS = ("auto", "overrides", "folder")
+DEFAULTS = "defaults"  # the arm of runs with no setting of their own
+ELSEWHERE = ("seed", "resume", "logger", "model", "model.name", "data", "device", "save_distances")
+EVALUATION = ("attacks", "deltas", "losses", "threat", "model", "data", "attack_options", "batch_size", "certified")
+SECRET = re.compile(r"(key|token|secret|password)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Records of one run.
+
+    Attributes:
+        path: The file that they were read from.
+        records: At least one.
+        command: The command line that made them, where it is known.
+        overrides: The settings on that command line, in their order; None where they aren't known.
+        place: The folder relative to the one that was named, without what states the seed.
+        arm: Label of what is compared.
+    """
+
+    path: Path
+    records: tuple[Record, ...]
+    command: str | None
+    overrides: tuple[str, ...] | None
+    place: str
+    arm: str = ""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of its records."""
+        return sorted({r.seed for r in self.records})
+
+
+def find(places: Iterable[Path], labels: str = "auto") -> list[Run]:
+    """All runs in files named, and in every JSON file of records below folders named, each with its arm.
+
+    Args:
+        places: Files and folders; what is found twice counts once.
+        labels: `overrides` or `folder` as in the head of this file; `auto` takes overrides where they are known.
+
+    Raises:
+        SettingError: If a place holds no records.
+    """
+    found: dict[Path, Run] = {}
+    for place in places:
+        here = [(file, read_run(file, place)) for file in _files(place)]
+        kept = {file.resolve(): run for file, run in here if run}
+        if not kept:
+            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
+        found |= {file: run for file, run in kept.items() if file not in found}
+    return label(list(found.values()), labels)
+
+
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.rglob("*.json"), key=_natural)
+
+
+def _natural(path: Path) -> list[Any]:
+    """Order in which run 10 comes after run 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def read_run(file: Path, place: Path) -> Run | None:
+    """The run of a file; None where a JSON file below a folder, such as a logger's, is none of ours."""
+    try:
+        records = read(file)
+    except SettingError:
+        if place.is_file() or file.name == "records.json":
+            raise
+        return None
+    if not records:
+        return None
+    overrides = overrides_of(file.parent)
+    seeds = {r.seed for r in records}
+    relative = [] if place.is_file() else list(file.parent.relative_to(place).parts)
+    root = (place.parent if place.is_file() else place).resolve().name
+    short = [p for part in relative if (p := without_seed(part, seeds))]
+    short = short or [root if relative else without_seed(root, seeds) or root]  # the seed is stated once
+    return Run(file, tuple(records), command_of(file.parent), overrides, "/".join(short))
+
+
+def without_seed(name: str, seeds: Iterable[int]) -> str:
+    """A part of a path without what states the seed.
+
+    Example:
+        >>> [without_seed(name, [1]) for name in ("seed1", "trades_seed=1", "1", "2", "wdat-s1", "model1")]
+        ['', 'trades', '', '2', 'wdat', 'model1']
+    """
+    for seed in seeds:
+        name = re.sub(rf"(^|[-_,. ])s(eed)?[-_=]?{seed}(?=$|[-_,. ])", "", name)
+        name = "" if name == str(seed) else name
+    return name.strip("-_,. ")
+
+
+def overrides_of(folder: Path) -> tuple[str, ...] | None:
+    """The settings that a run was given on its command line; None where Hydra left none in its folder."""
+    values = _yaml(folder / ".hydra" / "overrides.yaml")
+    return tuple(map(str, values)) if isinstance(values, list) else None
+
+
+def command_of(folder: Path) -> str | None:
+    """The command line that made a run, keys and passwords masked; None where its folder doesn't say."""
+    overrides = overrides_of(folder)
+    if overrides is None:
+        return None
+    settings = _yaml(folder / ".hydra" / "hydra.yaml")
+    try:
+        script = str(settings["hydra"]["job"]["name"])
+    except (KeyError, TypeError):
+        script = "train"
+    shown = [f"{_key(o)}=***" if SECRET.search(_key(o)) else o for o in overrides]
+    return shlex.join(["python", f"{script}.py", *shown])
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError):
+        return None
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def label(runs: Sequence[Run], labels: str = "auto") -> list[Run]:
+    """The runs with their arms; files that would be one run measured twice are told apart by their names."""
+    settings = [None if labels == "folder" else _settings(run) for run in runs]
+    if labels == "overrides" and None in settings:
+        path = runs[settings.index(None)].path
+        raise SettingError(
+            f"{path} has no .hydra/overrides.yaml beside it, which --label overrides needs; leave it out"
+        )
+    known = [set(own) for own in settings if own is not None]
+    common = set.intersection(*known) if len(known) > 1 else set()
+    named = [
+        replace(run, arm=run.place if own is None else ", ".join(o for o in own if o not in common) or DEFAULTS)
+        for run, own in zip(runs, settings, strict=True)
+    ]
+    if len(known) == 1 and len(runs) == 1:
+        named = [replace(named[0], arm=named[0].place)]
+    clashing = {arm for arm, _ in Counter(run.arm for run in named).items() if contradictions(named, arm)}
+    return [_refined(run) if run.arm in clashing else run for run in named]
+
+
+def _refined(run: Run) -> Run:
+    stem = without_seed(run.path.stem, run.seeds) if run.path.name != "records.json" else ""
+    return replace(run, arm=f"{run.arm}/{stem}" if stem else run.arm)
+
+
+def contradictions(runs: Sequence[Run], arm: str) -> list[int]:
+    """Seeds of which several runs of an arm hold the same measurement with different accuracies."""
+    seen: dict[tuple[Any, ...], set[tuple[Path, float]]] = defaultdict(set)
+    for run in (run for run in runs if run.arm == arm):
+        latest = {(r.seed, r.stage, r.network, *measured(r)): r.accuracy for r in run.records if r.stage != "epoch"}
+        for key, accuracy in latest.items():
+            seen[key].add((run.path, accuracy))
+    return sorted({key[0] for key, values in seen.items() if len({accuracy for _, accuracy in values}) > 1})
+
+
+def measured(r: Record) -> tuple[Any, ...]:
+    """What an accuracy is a measurement of, but for its stage, seed and network; a clean one has no order."""
+    options = ", ".join(f"{k}={v}" for k, v in sorted(r.options.items()) if k not in ("seed", "batch_size"))
+    p, delta = (0.0, 0.0) if r.attack == "none" else (r.p, float(f"{r.delta:.9g}"))
+    return (r.data, r.split, r.attack, r.loss, p, r.norm, delta, options)
+
+
+def _settings(run: Run) -> list[str] | None:
+    """The overrides that make the arm; None where they aren't known."""
+    if run.overrides is None:
+        return None
+    evaluation = {r.stage for r in run.records} == {"evaluate"}
+    hidden = (*ELSEWHERE, *EVALUATION) if evaluation else ELSEWHERE
+    own = [o for o in run.overrides if _key(o) not in hidden and not _below(_key(o), ("hydra", "logger"))]
+    if not evaluation:
+        return own
+    own = [o for o in own if not _below(_key(o), EVALUATION)]
+    checkpoint = next((o.partition("=")[2] for o in run.overrides if _key(o) == "model.checkpoint"), None)
+    return own if checkpoint is None else [*_trained(run, checkpoint), *own]
+
+
+def _below(key: str, parents: Sequence[str]) -> bool:
+    return any(key.startswith(f"{parent}.") for parent in parents)
+
+
+def _trained(run: Run, checkpoint: str) -> list[str]:
+    """The settings of the run that left a checkpoint, or the checkpoint's place without what states the seed."""
+    settings = _yaml(run.path.parent / ".hydra" / "hydra.yaml")
+    try:
+        start = Path(str(settings["hydra"]["runtime"]["cwd"]))
+    except (KeyError, TypeError):
+        start = Path()
+    file = Path(checkpoint.strip("'\""))
+    for folder in list((start / file).parents)[:2]:
+        overrides = overrides_of(folder)
+        if overrides is not None:
+            trained = replace(run, overrides=overrides, records=tuple(replace(r, stage="after") for r in run.records))
+            return _settings(trained) or []
+    parts = [p for part in file.parts if (p := without_seed(part, run.seeds))]
+    return [f"model.checkpoint={'/'.join(parts[-3:])}"]
