@@ -32,8 +32,8 @@ CONTRACT = {
     ),
     "data": ("cifar10 cifar100 npz digits", "imagenet"),
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
-    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", ""),
-    "objective": ("wdat trades combined pgd_at clean", ""),
+    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", "critical_draw"),
+    "objective": ("wdat trades combined pgd_at clean", "attack_at"),
     "sensitivity": ("table subsample exact batch ema", ""),
     "finetune": ("all head", "reset_head perturb"),
     "schedule": ("finetune20 trades2019 hendrycks2019", "rebuffi2021 wang2023 finetune_plain"),
@@ -166,6 +166,7 @@ def test_objectives(composed, choice):
         "trades": (True, True, True, False),
         "combined": (True, True, True, True),
         "pgd_at": (False, False, True, False),
+        "attack_at": (False, False, False, True),
         "clean": (True, True, False, False),
     }
     assert terms == wanted[choice]

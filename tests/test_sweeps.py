@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 QUESTIONS = ("beta_and_delta", "loss_and_allocation", "networks_and_seeds", "rate_and_scope", "upsilon")
 AXES = {
     "beta_and_delta": {"objective.beta_w": 4, "threat.delta": 3},
-    "loss_and_allocation": {"attack": 7},
+    "loss_and_allocation": {"attack": 8},
     "networks_and_seeds": {"model": 5, "seed": 3},
     "rate_and_scope": {"schedule.optimizer.lr": 3, "finetune.trainable": 2, "finetune.init": 3},
     "upsilon": {"sensitivity": 13},
@@ -258,7 +258,7 @@ def test_the_costs_are_printed(prices, monkeypatch, capsys):
     cost.main()
     found = prices["loss_and_allocation"]
     assert capsys.readouterr().out.split() == (
-        f"loss_and_allocation 7 runs, {min(found):.0f} to {max(found):.0f}: {sum(found):,.0f} plain epochs".split()
+        f"loss_and_allocation 8 runs, {min(found):.0f} to {max(found):.0f}: {sum(found):,.0f} plain epochs".split()
     )
 
 
@@ -345,7 +345,7 @@ def test_the_smoke_test_downloads_nothing():
 def test_a_sweep_of_each_kind_really_runs_and_a_job_can_be_resumed(tmp_path, capsys):
     assert smoke.main(["loss_and_allocation", "--keep", str(tmp_path)]) == 0, capsys.readouterr().out
     folder = tmp_path / "hydra" / "loss_and_allocation"
-    assert len(table(folder).splitlines()) == 2 + 7
+    assert len(table(folder).splitlines()) == 2 + 8
     assert len(list(tmp_path.glob("wandb/*/smoke-*/wandb/offline-run-*"))) == 1
     resume = [f"resume={folder / '1_wpgd_budget_redlr'}", "trainer.max_epochs=2"]
     variants = "hydra.searchpath=[file://sweeps/hydra]"  # as the README of the sweeps says

@@ -166,7 +166,12 @@ class WDATModule(L.LightningModule):
         and eval mode agree; a compiled network frees its buffers in the first backward pass and can't share the last.
         """
         network, objective = self.network, self.objective
-        context = Context(current(self.device), noise=partial(start_noise, self.seed, batch), training=True)
+        context = Context(
+            current(self.device),
+            noise=partial(start_noise, self.seed, batch),
+            uniform=partial(radius_draws, self.seed, batch),
+            training=True,
+        )
         if self._modes_agree is None:
             self._modes_agree = modes_agree(network, batch.x)
         if not (objective.needs_logits and self._modes_agree):
@@ -268,6 +273,11 @@ def start_noise(seed: int, batch: Batch) -> Tensor:
         (batch.size, *batch.x.shape[1:]), generator=generator(seed, "noise", batch.step), dtype=torch.float32
     )
     return (START_NOISE * draws[batch.place.cpu()]).to(batch.x)
+
+
+def radius_draws(seed: int, batch: Batch) -> Tensor:
+    """One number in [0, 1) for each image, (B,): a function of the seed, the step and the place."""
+    return torch.rand(batch.size, generator=generator(seed, "radii", batch.step))[batch.place.cpu()].to(batch.x)
 
 
 def is_compiled(network: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Training objectives: sums of named, averaged terms.
 
 E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `wdat` has β_p = 0 [A], `trades` β_w = 0 [T],
-`combined` both. `pgd_at` is E[CE(f(x_p), y)] (Madry et al. 2018), `clean` is E[CE(f(x), y)].
+`combined` both. `pgd_at` is E[CE(f(x_p), y)] (Madry et al. 2018), `attack_at` E[CE(f(x_w), y)], `clean` E[CE(f(x), y)].
 """
 
 from __future__ import annotations

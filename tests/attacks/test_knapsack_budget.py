@@ -23,7 +23,7 @@ from wdat.schedules import Constant
 from wdat.sensitivity import Batch, Ema, Exact, Subsample
 from wdat.threat import ThreatModel
 
-NAMES = ["knapsack_budget", "critical"]
+NAMES = ["knapsack_budget", "critical", "critical_draw"]
 NORMS = ["linf", "l2"]
 ORDERS = [1, 2, math.inf]
 pytestmark = [
@@ -75,7 +75,8 @@ def running(values):
 
 def attacked(name, network, x, y, threat, values, **options):
     settings = {"loss": "kl", "steps": 4, "step_size": 0.5, **options}
-    context = Context(sensitivity=running(values), index=torch.arange(len(x)), training=True)
+    draws = (1 + torch.arange(len(x), dtype=x.dtype)) / (len(x) + 1)
+    context = Context(sensitivity=running(values), index=torch.arange(len(x)), uniform=lambda: draws, training=True)
     return build(name, **settings)(network, x, y, threat, context)
 
 
@@ -130,6 +131,43 @@ def test_radii_of_critical_by_hand(norm, p):
         assert reach <= delta
     else:
         assert reach > delta  # what uniform radii at δ miss
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("p", ORDERS)
+def test_radii_of_critical_draw_by_hand(norm, p):
+    network, x, y = linear()
+    d = first_order(network, x, y, norm)
+    delta = 0.7 * float(d.median())
+    result = attacked("critical_draw", network, x, y, ThreatModel(p, norm, delta), d)
+    draws = [1.0 if math.isinf(p) else (i / 17) ** (1 / p) for i in range(1, 17)]
+    torch.testing.assert_close(result.radii, critical_by_hand(d, p, delta) * torch.tensor(draws, dtype=d.dtype))
+    assert (result.distances <= result.radii * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 4])
+def test_the_optimal_accuracy_moves_as_the_pointwise_accuracy_at_drawn_radii(p):
+    d = torch.rand(400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    d[:40] = 0  # misclassified
+    threat = ThreatModel(p, "linf", 0.2)
+    before = solve(d, threat)
+    draws = 4_000_000
+    radii = before.critical * ((torch.arange(draws, dtype=torch.float64) + 0.5) / draws) ** (1 / p)
+
+    def pointwise(distances):
+        return float((torch.searchsorted(radii, distances) / draws).mean())
+
+    moved = d * (1 + 1e-4 * (0.5 + torch.sin(torch.arange(400, dtype=torch.float64))))
+    change = solve(moved, threat).accuracy - before.accuracy
+    assert change > 1e-6
+    assert pointwise(moved) - pointwise(d) == pytest.approx(change, rel=0.02)
+
+
+def test_drawn_radii_need_draws():
+    network, x, y = linear()
+    context = Context(sensitivity=running(torch.ones(16)), index=torch.arange(16), training=True)
+    with pytest.raises(ValueError, match=r"critical_draw.*Context\.uniform"):
+        build("critical_draw")(network, x, y, ThreatModel(2, "linf", 0.1), context)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +291,7 @@ def test_a_step_costs_less_than_a_trades_step(network, name):
     assert len(ours.rows) == len(trades.rows) - 3  # one pass serves the clean loss and the first gradient
     assert len(ours.inputs) == len(trades.inputs)
     assert all(mine <= theirs for mine, theirs in zip(ours.inputs, trades.inputs, strict=True))
-    if name == "critical":
+    if name != "knapsack_budget":
         assert ours.inputs == trades.inputs
     else:
         assert sum(ours.inputs) < sum(trades.inputs)
@@ -277,6 +315,9 @@ def test_a_short_training(network, name, estimator, p):
         assert reach == pytest.approx(solve(values, threat).critical)
         if name == "critical":
             torch.testing.assert_close(result.radii, torch.full((16,), reach), rtol=1e-5, atol=0)
+        elif name == "critical_draw":
+            assert float(result.radii.max()) <= reach * 1.00001
+            assert (result.radii.unique().numel() == 1) == math.isinf(p)
         else:
             wanted = torch.where(result.norms <= reach, 1.2 * result.norms, 0.0)
             sure = (result.norms / reach - 1).abs() > 1e-5
@@ -320,12 +361,13 @@ def test_they_do_not_evaluate(name, p):
         attack(network, x, y, ThreatModel(p, "linf", 0.1), name)
 
 
-@pytest.mark.parametrize("name", ["knapsack_budget", "critical"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cap_is_refused_not_ignored(name):
     with pytest.raises(SettingError, match=r"attack\.radius_max=4"):
         build(name, radius_max=4.0)
 
 
-def test_critical_has_no_kappa():
+@pytest.mark.parametrize("name", ["critical", "critical_draw"])
+def test_critical_radii_have_no_kappa(name):
     with pytest.raises(SettingError, match=r"attack\.kappa=2"):
-        build("critical", kappa=2.0)
+        build(name, kappa=2.0)

@@ -15,13 +15,14 @@ from wdat.attacks.autoattack import AutoAttack
 from wdat.attacks.base import Attack, AttackResult, Context
 from wdat.attacks.budget import FGSM, PGD, WFGSM, WPGDBudget
 from wdat.attacks.knapsack import Knapsack
-from wdat.attacks.knapsack_budget import Critical, KnapsackBudget
+from wdat.attacks.knapsack_budget import Critical, CriticalDraw, KnapsackBudget
 from wdat.attacks.wpgd import WPGD
 from wdat.errors import unknown
 from wdat.threat import ThreatModel
 
 ATTACKS: dict[str, type[Attack]] = {
-    a.name: a for a in (FGSM, PGD, WFGSM, WPGD, WPGDBudget, Knapsack, AutoAttack, KnapsackBudget, Critical)
+    a.name: a
+    for a in (FGSM, PGD, WFGSM, WPGD, WPGDBudget, Knapsack, AutoAttack, KnapsackBudget, Critical, CriticalDraw)
 }
 
 __all__ = [

@@ -30,6 +30,7 @@ class Context:
         index: (N,), rows of the images in the training set, wanted by estimators that keep one value an image; in
             evaluation their places in the whole set, wanted by attacks that draw random numbers for each image.
         noise: Draws (N, ...), the start offset of uniform radii, as TRADES has it; None starts at the images.
+        uniform: Draws (N,) in [0, 1), one number for each image, where radii are drawn.
         log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
         clean_pass: The images with `requires_grad` and the logits in eval mode that the network made of them, where
             the caller has a graph from which the gradient at the clean images can be taken; it is retained.
@@ -41,6 +42,7 @@ class Context:
     sensitivity: Sensitivity | None = None
     index: Tensor | None = None
     noise: Callable[[], Tensor] | None = None
+    uniform: Callable[[], Tensor] | None = None
     log_clean: Tensor | None = None
     clean_pass: tuple[Tensor, Tensor] | None = None
     training: bool = False

@@ -46,7 +46,7 @@ class WPGDBudget(GradientAttack):
             radii = x.new_full((len(x),), threat.delta)
         else:
             clean, norms, sensitivity = self._clean(network, x, y, threat, context)
-            radii = self._radii(norms, sensitivity, threat).to(x.dtype)
+            radii = self._radii(norms, sensitivity, threat, context).to(x.dtype)
         target = self._target(network, x, y, context, clean)
 
         everyone = not context.training or (threat.is_pointwise and not self.by_distance)
@@ -63,7 +63,7 @@ class WPGDBudget(GradientAttack):
         dropped = 0 if clean is None else int((~clean.finite).sum())
         return Moved(_put(z, rows, x), radii, self._share(threat, context), loss_mean, norms, dropped)
 
-    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> Tensor:
+    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
         return allocate(norms, sensitivity, threat, self.radius_max)
 
     @staticmethod

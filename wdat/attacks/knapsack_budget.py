@@ -60,7 +60,7 @@ class KnapsackBudget(WPGDBudget):
             raise SettingError(f"attack {self.name} trains; to evaluate, use knapsack")
         return super()._run(network, x, y, threat, context)
 
-    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> Tensor:
+    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
         return torch.where(norms <= self._critical(sensitivity, threat), self.kappa * norms, 0.0)
 
     def _critical(self, sensitivity: Sensitivity, threat: ThreatModel) -> float:
@@ -84,5 +84,23 @@ class Critical(KnapsackBudget):
         if self.kappa != KnapsackBudget.kappa:
             raise SettingError(f"attack.kappa={self.kappa} belongs to knapsack_budget; critical gives every image d*")
 
-    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel) -> Tensor:
+    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
         return torch.full_like(norms, self._critical(sensitivity, threat))
+
+
+@dataclass
+class CriticalDraw(Critical):
+    """Radii drawn from what the optimal attacker's accuracy depends on: δ_i = d* U^(1/p), U uniform in [0, 1).
+
+    By duality A_δ = max over λ of E[min(1, λ d^p)] − λ δ^p, attained at λ = d*^(−p). So a small change of the network
+    changes A_δ as it changes E[min(1, (d/d*)^p)], which is the mean, over radii r = d* U^(1/p), of the accuracy that a
+    pointwise attacker of radius r leaves. At p = inf every radius is d* = δ, and this is PGD.
+    """
+
+    name: ClassVar[str] = "critical_draw"
+
+    def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
+        if context.uniform is None:
+            raise ValueError(f"attack {self.name} draws its radii: give Context.uniform")
+        drawn = context.uniform().to(norms) ** (1 / threat.p)
+        return drawn * super()._radii(norms, sensitivity, threat, context)
