@@ -1,0 +1,209 @@
+"""The tables and the picture of the case study, from the rows that `benchmarks.case_study` has finished.
+
+    python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json and docs/case-study.png
+    python -m benchmarks.case_table                          # prints the tables of the record
+
+Accuracies in percent. Knapsack accuracies come from the nearest-flip distances of single images, the others from
+`evaluate.py`'s records. Differences are paired: image by image in the bootstrap, which resamples images and keeps the
+seeds; seed by seed in the t-interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.case_study import ARMS, WEIGHTS
+from benchmarks.common import CONSOLE
+from wdat.attacks.knapsack_allocation import curve, solve
+from wdat.console import readable_errors
+from wdat.errors import SettingError
+from wdat.evaluation.compare import spread
+from wdat.evaluation.plots import new_axes, save
+from wdat.records import installed_versions, read, source_commit
+from wdat.threat import ThreatModel
+
+DELTA = 2 / 255
+TESTS = {
+    "val": "2,000 re-encoded validation images",
+    "test_jpeg": "10,000 re-encoded test images",
+    "test_original": "846 unaltered test images",
+}
+KNAPSACKS = {"w2": (2.0, 1), "w2_2": (2.0, 2), "w4": (4.0, 1), "w4_2": (4.0, 2)}
+BASE, CONTROL, MAIN = "as_found", "pgd_at", "w2"
+RESAMPLES = 400
+RECORD = Path("results/case_study.json")
+PICTURE = Path("docs/case-study.png")
+COLUMNS = {
+    "clean": "clean", "pgd": "PGD δ", "autoattack": "AutoAttack δ", "wpgd": "W-PGD ReDLR",
+    "w2": "W_2 knapsack δ", "w2_2": "2 δ", "w4": "W_4 knapsack δ", "w4_2": "2 δ", "upsilon": "Υ, CE",
+}  # fmt: skip
+
+
+def measured(place: Path) -> dict[str, float]:
+    """What one evaluation of one network found, accuracies in [0, 1]; budgets other than δ are the knapsack's alone."""
+    records = [r for r in read(place / "records.json") if r.attack == "none" or math.isclose(r.delta, DELTA)]
+    found: dict[str, float] = {}
+    for record in sorted(records, key=lambda r: r.loss == "redlr"):  # where both were run, ReDLR's
+        name = {"none": "clean"}.get(record.attack, record.attack)
+        if name in ("clean", "autoattack", "wpgd", "pgd"):
+            found[name] = min(found.get(name, 1.0), record.accuracy) if name == "pgd" else record.accuracy
+        if record.loss == "ce" and record.upsilon is not None:
+            found["upsilon"] = record.upsilon
+    distances = flips(place)
+    return found | {key: knapsack(distances, p, m) for key, (p, m) in KNAPSACKS.items()}
+
+
+def flips(place: Path) -> Tensor:
+    """Nearest-flip distances (N,) of one evaluation, in pixel units."""
+    with np.load(place / "distances_linf.npz") as file:
+        return torch.from_numpy(file["distances"])
+
+
+def knapsack(distances: Tensor, p: float, multiple: float) -> float:
+    """A_δ at a multiple of δ."""
+    return solve(distances, ThreatModel(p, "linf", multiple * DELTA)).accuracy
+
+
+def resampled(runs: Sequence[Sequence[Tensor]], seed: int = 0) -> list[NDArray[np.float64]]:
+    """The main figure of several arms in the same resamples of images, mean over the arm's networks: (RESAMPLES,) each.
+
+    Args:
+        runs: For each arm, the distances (N,) of each of its networks, on the same images in the same order.
+        seed: Of the resamples.
+    """
+    n = len(runs[0][0])
+    rng = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(n, (n,), generator=rng) for _ in range(RESAMPLES)]
+    p, multiple = KNAPSACKS[MAIN]
+    return [np.array([np.mean([knapsack(d[r], p, multiple) for d in arm]) for r in rows]) for arm in runs]
+
+
+def difference(these: dict[int, Path], those: dict[int, Path]) -> dict[str, Any]:
+    """Paired differences of the main figure, in percentage points; a network as found stands beside every seed."""
+    pairs = {s: (these[s], those.get(s, those[min(those)])) for s in these}
+    by_seed = {s: 100 * (measured(a)[MAIN] - measured(b)[MAIN]) for s, (a, b) in pairs.items()}
+    over = spread(by_seed)
+    assert over is not None
+    mine, other = resampled([[flips(a) for a, _ in pairs.values()], [flips(b) for _, b in pairs.values()]])
+    low, high = np.quantile(100 * (mine - other), [0.025, 0.975])
+    return {
+        "mean": over.mean, "by_seed": by_seed, "seeds_low": over.low, "seeds_high": over.high,
+        "images_low": float(low), "images_high": float(high),
+    }  # fmt: skip
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """One row a network, test set and arm that has been finished.
+
+    Raises:
+        SettingError: If there is none.
+    """
+    found = []
+    for network in WEIGHTS:
+        for test in TESTS:
+            places = {arm: finished(out / network / arm, test) for arm in ARMS}
+            for arm, seeds in places.items():
+                if not seeds:
+                    continue
+                each = {seed: measured(place) for seed, place in seeds.items()}
+                keys = [k for k in COLUMNS if all(k in m for m in each.values())]
+                row: dict[str, Any] = {
+                    "network": network, "test": test, "n": len(flips(seeds[min(seeds)])), "arm": arm,
+                    "says": ARMS[arm].says, "seeds": sorted(seeds),
+                    "mean": {k: float(np.mean([m[k] for m in each.values()])) for k in keys},
+                    "sd": {k: float(np.std([m[k] for m in each.values()], ddof=1)) for k in keys if len(each) > 1},
+                }  # fmt: skip
+                for name, other in (("base", BASE), ("control", CONTROL)):
+                    if arm not in (BASE, other) and places[other]:
+                        row[name] = difference(seeds, places[other])
+                found.append(row)
+    if not found:
+        raise SettingError(f"{out} has no finished row of the case study; run python -m benchmarks.case_study first")
+    return found
+
+
+def finished(place: Path, test: str) -> dict[int, Path]:
+    """The evaluations of one arm that are complete, by seed."""
+    candidates = {0: place / test} if not place.name or (place / test).is_dir() else {}
+    candidates |= {int(p.name[4:]): p / test for p in sorted(place.glob("seed*"))}
+    return {s: p for s, p in candidates.items() if (p / "distances_linf.npz").exists()}
+
+
+def table(found: Sequence[dict[str, Any]], network: str, test: str) -> str:
+    """Markdown: accuracies in percent, mean over seeds (standard deviation), and differences of the main figure."""
+    mine = [row for row in found if row["network"] == network and row["test"] == test]
+    keys = [k for k in COLUMNS if any(k in row["mean"] for row in mine)]
+    head = ["arm", "seeds", *(COLUMNS[k] for k in keys), "− as found", "− control"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in mine:
+        cells = [row["says"], str(len(row["seeds"])) if row["arm"] != BASE else ""]
+        cells += [_cell(row, key) for key in keys]
+        cells += [_difference(row.get(name)) for name in ("base", "control")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key not in row["mean"]:
+        return ""
+    scale = 1 if key == "upsilon" else 100
+    sd = f" ({scale * row['sd'][key]:.1f})" if key in row["sd"] else ""
+    return f"{scale * row['mean'][key]:.1f}{sd}"
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["seeds_low"], found["seeds_high"]
+    seeds = "" if low is None else f"; {low:+.1f} to {high:+.1f}"
+    return f"{found['mean']:+.2f} [{found['images_low']:+.1f}, {found['images_high']:+.1f}{seeds}]"
+
+
+def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
+    """Knapsack accuracy against the budget, W_2, on the re-encoded images; first seed of each arm."""
+    figure, axes = new_axes()
+    for arm in arms:
+        seeds = finished(out / network / arm, "test_jpeg")
+        if seeds:
+            budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
+            axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), label=ARMS[arm].says)
+    axes.axvline(255 * DELTA, color="grey", lw=0.8)
+    axes.set(xlim=(0, 255 * 2.5 * DELTA), ylim=(0, 80), xlabel="W_2 budget, pixel values of 255", ylabel="accuracy, %")
+    axes.set_title(f"{network}: accuracy under the optimal distributional attack")
+    axes.legend()
+    save(figure, place)
+
+
+def main() -> None:
+    """Read the command line; write the record and the picture, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", help="folder of benchmarks.case_study")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    args = parser.parse_args()
+    if args.out:
+        record = {"delta": DELTA, "tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out)}
+        record |= {"commit": source_commit(), "versions": installed_versions()}
+        args.record.write_text(json.dumps(record, indent=1) + "\n")
+        picture(args.out, "resnet2b", [BASE, CONTROL, "wdat_ce", "critical_draw"], args.picture)
+        CONSOLE.print(f"record {args.record}, picture {args.picture}", markup=False)
+    if not args.record.exists():
+        raise SettingError(f"there is no record {args.record}; name the folder of benchmarks.case_study")
+    found = json.loads(args.record.read_text())["rows"]
+    for network, test in dict.fromkeys((row["network"], row["test"]) for row in found):
+        print(f"\n{network}, {TESTS[test]}\n\n{table(found, network, test)}")
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
