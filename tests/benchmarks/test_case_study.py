@@ -1,0 +1,140 @@
+"""The case study: every arm is a run that composes, and the tables are made of what the runs left."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from benchmarks import case_study, case_table
+from sweeps import grids
+from wdat.attacks.knapsack_allocation import solve
+from wdat.errors import SettingError
+from wdat.records import Record, RecordBook
+from wdat.threat import ThreatModel
+
+ROOT = Path(__file__).parents[2]
+TRAINED = [arm for arm in case_study.ARMS if case_study.ARMS[arm].settings]
+
+
+def commands(arm):
+    place = Path("out") / arm
+    train = case_study.training("resnet2b", arm, 3, Path("FILE.npz"), place, 20, [])
+    return train, case_study.evaluations("resnet2b", arm, 3, Path("FILE.npz"), place, autoattack=True)
+
+
+@pytest.mark.parametrize("arm", TRAINED)
+def test_every_arm_composes_and_is_what_it_says(arm):
+    cfg = grids.composed(commands(arm)[0][1:])
+    objective, attack = instantiate(cfg.objective), instantiate(cfg.attack)
+    delta = 2 / 255
+    inner = attack if objective.uses_attack else objective.pointwise_attack
+    assert inner.steps * inner.step_size == pytest.approx(2.5, rel=1e-3)
+    assert inner.loss == ("kl" if objective.divergence else "ce")
+    assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip, cfg.data.crop) == (20, 3, True, 0)
+    assert instantiate(cfg.threat).delta == pytest.approx(delta)
+    reach = {"pgd_at_2": 2 * delta, "trades_2": 2 * delta, "pgd_at": delta, "trades": delta}
+    if arm in reach:
+        assert not objective.uses_attack
+        assert objective.pointwise_budget == pytest.approx(reach[arm])
+    else:
+        assert objective.uses_attack
+        assert objective.beta_w == (1 if not objective.clean else 3 if arm == "combined" else 6)
+
+
+@pytest.mark.parametrize("arm", list(case_study.ARMS))
+def test_every_evaluation_composes(arm):
+    for name, command in commands(arm)[1].items():
+        cfg = _evaluation(command[1:])
+        assert cfg.split == ("val" if name == "val" else "test")
+        assert set(cfg.attacks) >= {"pgd", "wpgd", "knapsack"}
+        assert ("autoattack" in cfg.attacks) == (name == "test_original")
+        assert cfg.save_distances
+
+
+def _evaluation(overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("evaluate", overrides)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def finish(place: Path, distances, clean, seed=0):
+    """An evaluation's folder, as `evaluate.py` leaves it."""
+    place.mkdir(parents=True)
+    common = {
+        "stage": "evaluate", "network": "resnet2b", "checkpoint": "", "data": "npz:tiny", "split": "test",
+        "options": {}, "loss": "redlr", "norm": "linf", "n": len(distances), "set_size": len(distances),
+        "accuracy_low": 0.0, "accuracy_high": 1.0, "loss_mean": None, "distance": 0.0, "seconds": 0.0, "seed": seed,
+        "device": "cpu", "commit": "", "versions": {},
+    }  # fmt: skip
+    found = [("none", 2.0, 0.0, clean), ("pgd", math.inf, 2 / 255, clean - 0.1), ("wpgd", 2.0, 2 / 255, clean - 0.2)]
+    RecordBook(place / "records.json").add(
+        [Record(attack=a, p=p, delta=delta, accuracy=accuracy, **common) for a, p, delta, accuracy in found]
+    )
+    np.savez(place / "distances_linf.npz", distances=distances.numpy(), labels=np.zeros(len(distances)))
+
+
+def test_the_tables_are_of_the_distances_and_records(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(300, generator=generator, dtype=torch.float64) * 0.05
+    finish(tmp_path / "resnet2b/as_found/test_jpeg", base, 0.7)
+    finish(tmp_path / "resnet2b/pgd_at/seed0/test_jpeg", base * 1.1, 0.71)
+    for seed, factor in enumerate((1.3, 1.5)):
+        finish(tmp_path / f"resnet2b/critical_draw/seed{seed}/test_jpeg", base * factor, 0.69, seed)
+
+    found = case_table.rows(tmp_path)
+    assert [(r["arm"], r["seeds"]) for r in found] == [("as_found", [0]), ("pgd_at", [0]), ("critical_draw", [0, 1])]
+    threat = ThreatModel(2, "linf", 2 / 255)
+    wanted = [solve(base * f, threat).accuracy for f in (1.0, 1.1, 1.3, 1.5)]
+    draw = found[-1]
+    assert draw["mean"]["w2"] == pytest.approx((wanted[2] + wanted[3]) / 2)
+    assert draw["mean"]["pgd"] == pytest.approx(0.59)
+    assert draw["base"]["by_seed"] == pytest.approx(
+        {0: 100 * (wanted[2] - wanted[0]), 1: 100 * (wanted[3] - wanted[0])}
+    )
+    assert draw["control"]["mean"] == pytest.approx(100 * ((wanted[2] + wanted[3]) / 2 - wanted[1]))
+    assert 0 < draw["base"]["images_low"] < draw["base"]["mean"] < draw["base"]["images_high"]
+    assert draw["base"]["seeds_low"] < draw["base"]["mean"]
+    assert "control" not in found[1]
+
+    text = case_table.table(found, "resnet2b", "test_jpeg").splitlines()
+    assert len(text) == 2 + 3
+    assert f"| {100 * draw['mean']['w2']:.1f} (" in text[-1]
+    assert f"{draw['base']['mean']:+.2f} [" in text[-1]
+
+
+def test_no_finished_row_is_an_error(tmp_path):
+    with pytest.raises(SettingError, match="no finished row"):
+        case_table.rows(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_row_runs_is_left_alone_when_finished_and_makes_a_table(shared, tmp_path):
+    with np.load(shared / "data/cifar10_subset.npz") as file:
+        arrays = {k: file[k][:1500] if k.endswith("train") else file[k][:40] for k in file.files}
+    np.savez(tmp_path / "few.npz", **arrays)
+    more = ["data.val_size=100", "data.batch_size=100", "trainer.check_val_every_n_epoch=1"]
+    command = [sys.executable, "-m", "benchmarks.case_study", "--data", tmp_path / "few.npz", "--out", tmp_path / "out"]
+    command += ["--arms", "as_found", "critical_draw", "--seeds", "1", "--epochs", "1", "--evaluate", "test_jpeg"]
+    for _ in range(2):
+        done = subprocess.run([*command, "--set", *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "train.py" not in done.stdout  # nothing was done twice
+    record, drawn = tmp_path / "record.json", tmp_path / "picture.png"
+    made = [sys.executable, "-m", "benchmarks.case_table", tmp_path / "out", "--record", record, "--picture", drawn]
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(record.read_text())["rows"]
+    assert [(r["arm"], r["n"], r["seeds"]) for r in rows] == [("as_found", 40, [0]), ("critical_draw", 40, [1])]
+    assert rows[1]["base"]["by_seed"].keys() == {"1"}
+    assert drawn.stat().st_size > 10_000
