@@ -97,6 +97,16 @@ ARMS = {
     "critical": Arm("critical radii d*", at_attack("critical")),
     "critical_draw": Arm("drawn radii d* U^(1/2)", at_attack("critical_draw")),
     "critical_trades": Arm("TRADES at d*", wdat("critical")),
+    "wdat_2": Arm("W-DAT at 2 δ, CE radii", (*wdat("wpgd_budget", "attack.radius_max=4"), "threat.delta=4/255")),
+    "wdat_ema": Arm("W-DAT, CE radii, Υ by EMA", wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=ema")),
+    "wdat_exact": Arm(
+        "W-DAT, CE radii, exact Υ every 75 steps",
+        wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=exact", "sensitivity.every=75"),
+    ),
+    "wdat_draw": Arm("W-DAT, drawn radii", wdat("critical_draw")),
+    "draw_head": Arm("drawn radii, last layer", at_attack("critical_draw", "finetune=head")),
+    "draw_reset": Arm("drawn radii, re-drawn last layer", at_attack("critical_draw", "finetune.init=reset_head")),
+    "draw_perturb": Arm("drawn radii, perturbed weights", at_attack("critical_draw", "finetune.init=perturb")),
 }
 """By name; `as_found` is not trained."""
 

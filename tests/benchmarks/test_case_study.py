@@ -40,7 +40,7 @@ def test_every_arm_composes_and_is_what_it_says(arm):
     assert inner.steps * inner.step_size == pytest.approx(2.5, rel=1e-3)
     assert inner.loss == ("kl" if objective.divergence else "ce")
     assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip, cfg.data.crop) == (20, 3, True, 0)
-    assert instantiate(cfg.threat).delta == pytest.approx(delta)
+    assert instantiate(cfg.threat).delta == pytest.approx(2 * delta if arm == "wdat_2" else delta)
     reach = {"pgd_at_2": 2 * delta, "trades_2": 2 * delta, "pgd_at": delta, "trades": delta}
     if arm in reach:
         assert not objective.uses_attack
