@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
+from torch.optim import Optimizer
 
 from wdat import checkpoints, dashboard, loggers, models
 from wdat.attacks import build
@@ -35,6 +37,7 @@ from wdat.evaluation.report import write_report
 from wdat.launch import agreed, check_launch, join_group, one_at_a_time
 from wdat.module import WDATModule
 from wdat.objectives import Objective
+from wdat.optim import peak_rate
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.schedules import Cosine
@@ -98,11 +101,13 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
         attack,
         threat,
         instantiate(cfg.sensitivity),
-        instantiate(cfg.schedule.optimizer),
+        optimizer_of(cfg),
         instantiate(cfg.schedule.shape),
         keep_eval=models.keep_frozen_in_eval,
         seed=cfg.seed,
+        exempt=cfg.schedule.get("exempt") or (),
     )
+    module.notice = say
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RobustEvaluation))  # type: ignore[attr-defined]
     progress = next((c.report for c in trainer.callbacks if isinstance(c, WorkProgress)), None)  # type: ignore[attr-defined]
     evaluation.describe(book, facts, progress)
@@ -180,6 +185,16 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.monitor not in MONITORS:
         raise unknown("metric", cfg.monitor, MONITORS, "monitor")
+
+
+def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
+    """The optimiser, still without parameters, its rate that of the batch size."""
+    per_batch = cfg.schedule.get("per_batch")
+    if per_batch is None:
+        return instantiate(cfg.schedule.optimizer)  # type: ignore[no-any-return]
+    rate = peak_rate(cfg.schedule.optimizer.lr, cfg.data.batch_size, per_batch)
+    say(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({cfg.schedule.optimizer.lr:g} for {per_batch})")
+    return instantiate(cfg.schedule.optimizer, lr=rate)  # type: ignore[no-any-return]
 
 
 def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule) -> None:

@@ -1,9 +1,9 @@
-"""Makes the figures of these pages from the committed records.
+"""Makes the figures of these pages from the committed records and configurations.
 
     python -m docs.figures [FOLDER]
 
-Writes `accuracy.png`, `distances.png` and `before_after.png` into FOLDER, by default the folder of these pages. Records
-come from `results/`, pictures from `wdat.evaluation.plots`.
+Writes `accuracy.png`, `distances.png`, `before_after.png` and `schedules.png` into FOLDER, by default the folder of
+these pages. Records come from `results/`, their pictures from `wdat.evaluation.plots`, schedules from `conf/schedule/`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+
 from wdat.evaluation.plots import accuracy_against_budget, radius_histogram, save
+from wdat.optim import peak_rate
 from wdat.records import read
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
+CONF = HERE.parent / "conf"
+EPOCHS = {  # of the sources, to which the curves are drawn
+    "finetune20": 20, "finetune_plain": 15, "hendrycks2019": 5, "trades2019": 76, "rebuffi2021": 400,
+    "rebuffi2021_pytorch": 400, "wang2023": 400,
+}  # fmt: skip
+STEPS = 49  # of an epoch: 50,000 images in batches of 1024
 
 
 def draw(folder: Path) -> list[Path]:
@@ -42,7 +53,44 @@ def draw(folder: Path) -> list[Path]:
     save(figure, distances)
 
     accuracy_against_budget(read(RESULTS / "quickstart" / "seed0.json"), before_after)
-    return [accuracy, distances, before_after]
+
+    schedules = folder / "schedules.png"
+    save(rates(), schedules)
+    return [accuracy, distances, before_after, schedules]
+
+
+def rates() -> Figure:
+    """The learning rate of every schedule over the epochs of its source, and the warm-up of one and its port."""
+    figure = Figure(figsize=(9.6, 8.4), layout="constrained")
+    panels = [(name, 1.0) for name in EPOCHS] + [("rebuffi2021 and its port", 0.06)]
+    for k, (title, shown) in enumerate(panels):
+        axes = figure.add_subplot(4, 2, k + 1)
+        names = [title] if title in EPOCHS else ["rebuffi2021", "rebuffi2021_pytorch"]
+        for name in names:
+            epochs, curve = _curve(name)
+            count = int(shown * len(curve))
+            axes.plot([i / STEPS for i in range(count)], curve[:count], linewidth=1.6, label=name)
+        axes.set_title(
+            f"{title}, {epochs} epochs" if shown == 1 else "the warm-up: per step, and per epoch", fontsize=10
+        )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.set_ylabel("rate", fontsize=9)
+        axes.tick_params(labelsize=8)
+        if len(names) > 1:
+            axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def _curve(name: str) -> tuple[int, list[float]]:
+    """Epochs of the source, and the rate at each step."""
+    epochs = EPOCHS[name]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"schedule={name}", f"trainer.max_epochs={epochs}"])
+    peak = peak_rate(cfg.schedule.optimizer.lr, cfg.data.batch_size, cfg.schedule.per_batch)
+    shape = instantiate(cfg.schedule.shape)
+    steps = epochs * STEPS
+    return epochs, [peak * shape(step / steps) for step in range(steps)]
 
 
 if __name__ == "__main__":

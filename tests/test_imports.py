@@ -30,6 +30,7 @@ LEAVES = {  # injected or called from above; each imports these and itself only
     "data": {*BASE, "records"},
     "metrics": set(BASE),
     "schedules": set(BASE),
+    "optim": set(BASE),
     "resume": {*BASE, "records"},
     "checkpoints": {"errors"},
     "launch": {"errors"},

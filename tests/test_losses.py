@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -23,6 +24,7 @@ from wdat.losses import (
     log_probabilities,
     margin,
     redlr,
+    smoothed_cross_entropy,
 )
 
 logits = arrays(np.float64, (4, 5), elements=st.floats(-30, 30))
@@ -136,6 +138,16 @@ def test_half_precision_logits_are_computed_in_float32(name, dtype):
     value = LOSSES[name](z, y)
     assert value.dtype == torch.float32
     assert_close(value, LOSSES[name](z.float(), y))
+
+
+@given(logits, st.floats(0, 0.9))
+def test_smoothed_cross_entropy_equals_torchs(z, share):
+    z = torch.from_numpy(z)
+    y = torch.arange(len(z)) % z.shape[1]
+    wanted = F.cross_entropy(z, y, reduction="none", label_smoothing=share)
+    assert_close(smoothed_cross_entropy(z, y, share), wanted, rtol=1e-9, atol=1e-9)
+    each = torch.full((len(z),), share, dtype=z.dtype)
+    assert_close(smoothed_cross_entropy(z, y, each), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

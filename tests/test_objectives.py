@@ -83,6 +83,56 @@ def test_clean_is_cross_entropy(setting):
     assert terms.loss_pointwise is terms.loss_distributional is None
 
 
+# --- label smoothing ------------------------------------------------------------------------------------------------
+
+MARKED = torch.tensor([True, False, True, True, False, False])
+
+
+def _smoothed(logits, y, share):
+    """Against probabilities written out: 1 − ε and the rest alike on all four classes."""
+    target = F.one_hot(y, 4) * (1 - share[:, None]) + share[:, None] / 4
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize(("smooth", "share"), [("all", torch.full((6,), 0.1)), ("synthetic", 0.1 * MARKED)])
+def test_smoothing_changes_the_clean_term_only(setting, smooth, share):
+    network, x, y, x_p, x_w = setting
+    weights = {"beta_p": 2.0, "beta_w": 3.0, "pointwise_attack": PGD}
+    plain = Objective(**weights)(network, network(x), y, x_p, x_w, MARKED)
+    smoothed = Objective(**weights, label_smoothing=0.1, smooth=smooth)(network, network(x), y, x_p, x_w, MARKED)
+    assert_close(smoothed.loss_clean, _smoothed(network(x), y, share))
+    assert abs(float((smoothed.loss_clean - plain.loss_clean).detach())) > 1e-3
+    assert torch.equal(smoothed.loss_pointwise, plain.loss_pointwise)
+    assert torch.equal(smoothed.loss_distributional, plain.loss_distributional)
+
+
+@pytest.mark.parametrize("which", ["beta_p", "beta_w"])
+def test_smoothing_reaches_the_cross_entropy_at_perturbed_images(setting, which):
+    network, _, y, x_p, _ = setting
+    at = {"clean": False, "divergence": False, "pointwise_attack": PGD, which: 1.0}
+    images = (x_p, None) if which == "beta_p" else (None, x_p)
+    terms = Objective(**at, label_smoothing=0.2)(network, None, y, *images)
+    assert_close(terms.loss, F.cross_entropy(network(x_p), y, label_smoothing=0.2))
+
+
+def test_smoothing_of_synthetic_images_leaves_the_others(setting):
+    network, x, y, _, _ = setting
+    plain, synthetic = Objective(), Objective(label_smoothing=0.1, smooth="synthetic")
+    for marked in (None, torch.zeros(6, dtype=torch.bool)):
+        assert_close(
+            synthetic(network, network(x), y, None, None, marked).loss, plain(network, network(x), y, None, None).loss
+        )
+    each = synthetic.cross_entropy(network(x), y, MARKED)
+    assert_close(each[~MARKED], F.cross_entropy(network(x), y, reduction="none")[~MARKED])
+    assert_close(each[MARKED], F.cross_entropy(network(x), y, reduction="none", label_smoothing=0.1)[MARKED])
+
+
+def test_without_smoothing_the_loss_is_the_same_to_the_bit(setting):
+    network, x, y, _, _ = setting
+    marked = Objective()(network, network(x), y, None, None, MARKED)
+    assert torch.equal(marked.loss, F.cross_entropy(network(x), y, reduction="none").mean())
+
+
 def test_the_gradient_passes_through_the_clean_prediction_too(setting):
     network, x, y, _, x_w = setting
     logits = network(x).detach().requires_grad_(True)
@@ -107,6 +157,10 @@ def test_extreme_logits_give_finite_gradients(setting):
         ({"beta_p": 1.0}, "objective.pointwise_attack"),
         ({"beta_p": 1.0, "pointwise_attack": build("wpgd")}, "objective.pointwise_attack"),
         ({"pointwise_delta": "-1/255"}, "objective.pointwise_delta"),
+        ({"label_smoothing": 1.0}, "objective.label_smoothing"),
+        ({"label_smoothing": -0.1}, "objective.label_smoothing"),
+        ({"label_smoothing": math.nan}, "objective.label_smoothing"),
+        ({"smooth": "synthetics"}, "objective.smooth.*synthetic"),
     ],
 )
 def test_impossible_settings_are_named(arguments, word):

@@ -17,6 +17,7 @@ class Batch(NamedTuple):
         place: (B,), int64: each image's place in the global batch.
         size: Number of images in the global batch, over all processes.
         step: The global batch's number since the start of training; 0 in evaluation.
+        synthetic: (B,), bool: which images are synthetic; None where none are.
     """
 
     x: Tensor
@@ -25,3 +26,4 @@ class Batch(NamedTuple):
     place: Tensor
     size: int
     step: int
+    synthetic: Tensor | None = None

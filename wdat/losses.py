@@ -33,6 +33,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_precise(logits), labels, reduction="none")
 
 
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | float) -> Tensor:
+    """Cross-entropy to smoothed labels, (1 − ε) CE + ε mean_k(−log p_k); (N, K), (N,), ε (N,) or a number → (N,).
+
+    A share ε of the label is spread over all classes alike, its own included (Szegedy et al. 2016).
+    """
+    log_p = log_probabilities(logits)
+    true = log_p.gather(1, labels[:, None]).squeeze(1)
+    return -(1 - smoothing) * true - smoothing * log_p.mean(1)
+
+
 def _true_and_best_other(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     true = z.gather(1, labels[:, None])
     other = z.scatter(1, labels[:, None], -torch.inf).amax(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import lightning as L  # noqa: N812 (the customary name)
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from wdat.guard import undisturbed
 from wdat.losses import log_probabilities
 from wdat.metrics import CountAccuracy
 from wdat.objectives import Objective
+from wdat.optim import decay_groups
 from wdat.processes import Processes, current
 from wdat.seeding import generator
 from wdat.sensitivity import Estimator
@@ -51,10 +53,12 @@ class WDATModule(L.LightningModule):
         attack: The distributional attack that gives x_w.
         threat: The threat trained against.
         sensitivity: Estimates Υ of the training set as training goes on.
-        optimizer: Called with the trainable parameters.
-        schedule: Factor of the learning rate as a function of the progress in [0, 1].
+        optimizer: Called with the trainable parameters; in two groups where some are `exempt`.
+        schedule: Factor of the learning rate as a function of the progress in [0, 1]; its method
+            `momentum`, if it has one, gives the momentum.
         keep_eval: Called with the network after every change to train mode; puts frozen parts in eval mode again.
         seed: The seed of the run.
+        exempt: What has no weight decay, of `norm` and `bias`.
     """
 
     def __init__(
@@ -64,21 +68,25 @@ class WDATModule(L.LightningModule):
         attack: Attack,
         threat: ThreatModel,
         sensitivity: Estimator,
-        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Any], Optimizer],
         schedule: Callable[[float], float],
         keep_eval: Callable[[nn.Module], None] | None = None,
         seed: int = 0,
+        exempt: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if objective.uses_attack:
             attack.threat_of(threat)  # refuses an impossible pair before any work
-        self.network = network
+        decay_groups(network, exempt)  # likewise an unknown kind
+        self.network, self.exempt = network, tuple(exempt)
         self.objective, self.attack, self.threat, self.sensitivity = objective, attack, threat, sensitivity
         self.make_optimizer, self.shape, self.keep_eval, self.seed = optimizer, schedule, keep_eval, seed
         self.accuracy = nn.ModuleDict({"val": CountAccuracy(), "test": CountAccuracy()})
         self.last_attack: AttackResult | None = None
         self._modes_agree: bool | None = None
+        self._look_for_synthetic = objective.smooths_synthetic
         self.report: Callable[[str, int, int], None] = lambda label, done, total: None  # of work inside a step
+        self.notice: Callable[[str], None] = rank_zero_warn
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
@@ -105,6 +113,14 @@ class WDATModule(L.LightningModule):
         """Networks are loaded in eval mode; training needs train mode."""
         self.train()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the momentum where the schedule has one of its own."""
+        momentum = getattr(self.shape, "momentum", None)
+        value = momentum(self._progress(self.trainer.global_step)) if momentum else None
+        if value is not None:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["momentum"] = value
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on one process's part of a global batch."""
         x, y = batch.x, batch.y
@@ -124,10 +140,22 @@ class WDATModule(L.LightningModule):
             x_w = self.last_attack.x_adv
         if objective.needs_logits and logits is None:
             logits = network(x)
-        terms = objective(network, logits, y, x_p, x_w)
+        if self._look_for_synthetic:
+            self._say_if_none_is_synthetic(batch, context.processes)
+        terms = objective(network, logits, y, x_p, x_w, batch.synthetic)
         share = len(y) * context.processes.world / batch.size  # 1 but where the processes' parts are unequal
         self._log_terms(batch, {key: getattr(terms, key) for key in TERMS}, context.processes)
         return terms.loss * share if share != 1 else terms.loss
+
+    def _say_if_none_is_synthetic(self, batch: Batch, processes: Processes) -> None:
+        """Say so, once, where labels of synthetic images only are smoothed and the first global batch has none."""
+        self._look_for_synthetic = False
+        mine = batch.synthetic is not None and bool(batch.synthetic.any())
+        if not processes.max(float(mine)):
+            self.notice(
+                f"there are no synthetic images, so objective.label_smoothing={self.objective.label_smoothing} with "
+                "objective.smooth=synthetic smooths nothing (objective.smooth=all smooths all labels)"
+            )
 
     def _log_terms(self, batch: Batch, terms: dict[str, Tensor | None], processes: Processes) -> None:
         """Log the averages over the global batch, and stop all processes where they aren't finite.
@@ -246,15 +274,18 @@ class WDATModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser on the trainable parameters, its rate a function of the progress."""
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer(parameters)
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer(decay_groups(self.network, self.exempt) if self.exempt else trainable)
         scheduler = LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
+        return self.shape(self._progress(step))
+
+    def _progress(self, step: int) -> float:
         # The length is asked for only once training runs: asked for before, Lightning makes the training loader early
         # and then doesn't restore its position when a run is resumed inside an epoch.
-        return self.shape(step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0)
+        return step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the estimator's state; plain containers only, so that `weights_only` loads them."""

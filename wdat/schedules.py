@@ -16,21 +16,80 @@ class Constant:
 
 
 class Cosine:
-    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017).
+    """Linear warm-up from zero, then half a cosine (Loshchilov & Hutter 2017).
 
     Args:
         warmup: Share of the run spent on the warm-up, in [0, 1).
+        final: Factor at the end, in [0, 1].
     """
 
-    def __init__(self, warmup: float = 0.0) -> None:
-        if not 0 <= warmup < 1:
-            raise SettingError(f"schedule.shape.warmup={warmup} must be a share of the run in [0, 1)")
-        self.warmup = warmup
+    def __init__(self, warmup: float = 0.0, final: float = 0.0) -> None:
+        _check_share("warmup", warmup)
+        _check_factor("final", final)
+        self.warmup, self.final = warmup, final
 
     def __call__(self, t: float) -> float:
         if t < self.warmup:
             return t / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * min((t - self.warmup) / (1 - self.warmup), 1.0)))
+        return _half_cosine(1.0, self.final, (t - self.warmup) / (1 - self.warmup))
+
+
+class OneCycle:
+    """Half a cosine up to 1, half a cosine down, the momentum the other way round (Smith & Topin 2019).
+
+    The factor changes once an epoch where the warm-up lasts longer than one, with the values of torch's
+    `OneCycleLR(total_steps=epochs)`. Shorter runs would lose their warm-up; there it changes at every step **(ours)**.
+
+    Args:
+        warmup: Share of the run spent on the way up, in [0, 1).
+        start: Factor at the start, in [0, 1].
+        final: Factor at the end, in [0, 1].
+        epochs: Epochs of the run; None to change at every step whatever its length.
+        cycle_momentum: The momentum where the factor is 1, and at both ends; None leaves the optimiser's own.
+
+    Raises:
+        SettingError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        warmup: float = 0.3,
+        start: float = 0.04,
+        final: float = 4e-6,
+        epochs: int | None = None,
+        cycle_momentum: Sequence[float] | None = None,
+    ) -> None:
+        _check_share("warmup", warmup)
+        _check_factor("start", start)
+        _check_factor("final", final)
+        momentum = None if cycle_momentum is None else tuple(cycle_momentum)
+        if momentum is not None and (len(momentum) != 2 or any(not 0 <= m < 1 for m in momentum)):
+            raise SettingError(
+                f"schedule.shape.cycle_momentum={list(momentum)} must be two numbers in [0, 1), at the peak and at the "
+                "ends, or null"
+            )
+        self.warmup, self.start, self.final, self.cycle_momentum = warmup, start, final, momentum
+        self.epochs = epochs if epochs is not None and warmup * epochs > 1 else None
+
+    def __call__(self, t: float) -> float:
+        return self._cycle(t, self.start, 1.0, self.final)
+
+    def momentum(self, t: float) -> float | None:
+        """The momentum at the progress t; None for the optimiser's own."""
+        if self.cycle_momentum is None:
+            return None
+        peak, ends = self.cycle_momentum
+        return self._cycle(t, ends, peak, ends)
+
+    def _cycle(self, t: float, first: float, middle: float, last: float) -> float:
+        """From one value over another to the last; of n epochs, the last begins at (n − 1)/n."""
+        place, peak, end = t, self.warmup, 1.0
+        if self.epochs:
+            place = math.floor(t * self.epochs + 1e-6)  # 1e-6: t is a ratio of steps, rounded
+            peak, end = self.warmup * self.epochs - 1, self.epochs - 1.0
+        if place < peak:
+            return _half_cosine(first, middle, place / peak)
+        return _half_cosine(middle, last, (place - peak) / (end - peak))
 
 
 class Steps:
@@ -48,3 +107,18 @@ class Steps:
 
     def __call__(self, t: float) -> float:
         return float(self.factor ** sum(t >= m for m in self.milestones))
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    """From the first value, at share 0, to the last, at share 1 and beyond."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def _check_share(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise SettingError(f"schedule.shape.{key}={value} must be a share of the run in [0, 1)")
+
+
+def _check_factor(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise SettingError(f"schedule.shape.{key}={value} must be a factor of the peak rate in [0, 1]")
