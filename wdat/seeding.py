@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-PURPOSES = ("split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search")
+PURPOSES = ("split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "pool", "strata")
 
 
 def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
