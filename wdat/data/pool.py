@@ -1,8 +1,8 @@
 """Synthetic images: a labelled pool of any size, of which a batch's rows are read and nothing else.
 
-The published pools have 1, 20 and 100 million images, 3 to 307 GB. `numpy.savez` stores its arrays as they are, so a row
-is found by its number. Rows are read with `pread`, not through a map: a mapped page counts as memory of the process until
-it is given back, each fault reads more of the file than the row, and one batch after another fills the page tables.
+The published pools have 1, 20 and 100 million images, 3 to 307 GB. `numpy.savez` stores its arrays as they are, so a
+row is found by its number. Rows are read with `pread`, not through a map: a mapped page counts as memory of the process
+until it is given back, and each fault reads more of the file than the row and waits for it alone.
 """
 
 from __future__ import annotations
