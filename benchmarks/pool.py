@@ -190,8 +190,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--batches", type=int, default=5000, help="loaded while memory is watched")
     options = parser.parse_args()
-    network = load_network(options.network, checkpoint=options.checkpoint)
-    prepare(network)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         for kind, count in (("large", options.count), ("small", options.against)):
@@ -199,6 +197,8 @@ def main() -> None:
         files = {kind: (folder / f"{kind}.npz").stat() for kind in ("large", "small")}
         opening = seconds(lambda: pooled(folder / "large.npz", options))
         both = [pooled(folder / f"{kind}.npz", options) for kind in ("large", "small")]
+        network = load_network(options.network, checkpoint=options.checkpoint)
+        prepare(network)
         watched = memory(both[0], options.batches, 10)
         times = compare(both, network, options)
         disk = fetched(folder, options.real, options) if options.real else None

@@ -44,9 +44,7 @@ POOLED = {
     for name, overrides, settings in (
         ("table", ["sensitivity=table", "sensitivity.every=4"], {}),
         ("exact", ["sensitivity=exact", "sensitivity.every=2"], {"every": 2, "fraction": 0.5}),
-        ("ema", ["sensitivity=ema"], {}),
         ("few originals", ["attack=wpgd"], {"fraction": 0.94}),  # of 16: the second process has none
-        ("distances", ["attack=knapsack_budget"], {}),
     )
 }  # fmt: skip
 VALIDATED = {
