@@ -93,6 +93,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     trained = models.prepare(network, **cfg.finetune, seed=cfg.seed, image_shape=data.image_shape)
     models.accelerate(network, cfg.channels_last, cfg.compile)
     describe(cfg.model.name, network, trained, data.splits)
+    if data.pool is not None:
+        say(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     if not objective.uses_attack:
         say(f"this objective has no distributional term (beta_w = 0), so attack={cfg.attack.name} is not used")
     module = WDATModule(

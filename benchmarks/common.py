@@ -39,8 +39,8 @@ def add_real(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def images(path: Path, count: int, batch_size: int, seed: int, limit: int | None = None) -> ImageDataModule:
-    """`count` training images of an npz file, augmented by crops and flips.
+def images(path: Path, count: int, batch_size: int, seed: int, **settings: Any) -> ImageDataModule:
+    """`count` training images of an npz file, augmented by crops and flips, with further settings of the data.
 
     Raises:
         SettingError: If there is no such file, or it holds too few.
@@ -52,7 +52,7 @@ def images(path: Path, count: int, batch_size: int, seed: int, limit: int | None
     held = whole.n_train + 1 - count
     if held < 1:
         raise SettingError(f"--images={count} is more than the {whole.n_train} training images of {path}")
-    data = ImageDataModule("npz", 10, path=path, val_size=held, batch_size=batch_size, seed=seed)
+    data = ImageDataModule("npz", 10, path=path, val_size=held, batch_size=batch_size, seed=seed, **settings)
     data.setup()
     return data
 

@@ -1,4 +1,4 @@
-"""The performance tables of the README, in Markdown, from the committed records.
+"""The performance tables of the README and of docs/synthetic.md, in Markdown, from the committed records.
 
 python -m benchmarks.summary [results]
 """
@@ -77,16 +77,28 @@ def faults(record: dict[str, Any]) -> str:
     return _markdown(head, lines)
 
 
+def pool(record: dict[str, Any]) -> str:
+    """What a batch costs with a large pool and with a small one, by the clock and by the processor."""
+    sizes = (record["row"]["images"], record["settings"]["against"])
+    head = ["milliseconds", *(f"{size:,} images" for size in sizes), "ratio"]
+    lines = []
+    for kind, said in (("loading", "loading a batch"), ("step", "a training step")):
+        for name, found in record["row"][kind].items():
+            cells = [f"{1000 * found[which]['median']:.1f}" for which in ("large", "small")]
+            lines.append([f"{said}, by the {name}", *cells, f"{found['ratio']['median']:.2f}"])
+    return _markdown(head, lines)
+
+
 def main() -> None:
     """Print all of them."""
     place = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    names = ("upsilon", "step", "attack", "faults")
+    names = ("upsilon", "step", "attack", "faults", "pool")
     records = {name: json.loads((place / f"{name}.json").read_text()) for name in names}
     more = json.loads((place / "attack_preact_resnet18.json").read_text())
     head = ["network", *(row["norm"] for row in more["rows"])]
     print(upsilon(records["upsilon"]), step(records["step"]), sep="\n\n", end="\n\n")
     print(_line(head), _line(["---"] * len(head)), attack(records["attack"]), attack(more), sep="\n", end="\n\n")
-    print(faults(records["faults"]))
+    print(faults(records["faults"]), pool(records["pool"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L  # noqa: N812 (the customary name)
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
@@ -49,6 +50,16 @@ def digits(kind=ImageDataModule, **options):
 @pytest.fixture(scope="module")
 def data():
     return digits()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Ninety further digits, made a little different, as a file of a pool."""
+    held = digits(limit_train=None).images("train")
+    file = tmp_path_factory.mktemp("pool") / "pool.npz"
+    images = held.images[-90:].permute(0, 2, 3, 1).numpy() // 2
+    np.savez(file, image=images, label=held.labels[-90:].numpy())
+    return file
 
 
 def small_cnn():
@@ -535,6 +546,32 @@ def test_exact_is_the_sensitivity_of_the_present_network(data):
     torch.testing.assert_close(module.sensitivity.sample().values.double(), norms, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [partial(Exact, every=1), Table])
+@pytest.mark.parametrize("every", [1, None])
+def test_with_a_pool_it_is_that_of_the_mixture(pool, make, every):
+    """Against a pass over the originals and the whole pool, of a network that stays as it is."""
+    chosen = {"path": pool, "fraction": 0.6, "sample": 90, "every": every}
+    plain = digits(crop=0, synthetic=chosen)
+    module = fit(module_for(small_cnn(), sensitivity=make(), optimizer=partial(torch.optim.SGD, lr=0.0)), plain, 3)
+    own, share = plain.images("train"), plain.pool_share
+    drawn, labels = plain.pool.read(torch.arange(90))
+    x = (torch.cat([own.images, drawn]).float() / 255).requires_grad_()
+    loss = F.cross_entropy(module.network.eval()(x), torch.cat([own.labels, labels]), reduction="sum")
+    squares = torch.autograd.grad(loss, x)[0].flatten(1).abs().sum(1).double().square()
+    assert share == 10 / 16
+    wanted = float(((1 - share) * squares[:48].mean() + share * squares[48:].mean()).sqrt())
+    assert abs(wanted / float(squares[:48].mean().sqrt()) - 1) > 0.02, "the originals alone are something else"
+    found = module.sensitivity.upsilon()
+    assert found == pytest.approx(wanted, rel=1e-5 if every else 0.15)  # by the thirty images that the batches drew
+
+
+def test_estimators_that_go_by_the_batch_see_the_mixture(pool):
+    data = digits(crop=0, synthetic={"path": pool})
+    module = fit(module_for(small_cnn(), sensitivity=Batch()), data, 1)
+    assert type(module.sensitivity) is Batch
+    assert len(module.sensitivity.sample().values) == 16
+
+
 @pytest.mark.parametrize("attack", ["pgd", "fgsm"])
 def test_a_pointwise_attack_measures_nothing(data, monkeypatch, attack):
     """Its radii are all δ, so a pass over the training set would be wasted."""
@@ -617,17 +654,21 @@ class Stop(L.Callback):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [3, 4])  # at the end of an epoch of three steps, and inside the next
-def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, steps):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, steps, pooled, pool):
     def make():
         return module_for(with_batchnorm(), sensitivity=KINDS[kind](), schedule=lambda t: 1 - 0.9 * t)
 
-    whole = fit(make(), digits(), -1, epochs=3)
+    def read():
+        return digits(synthetic={"path": pool, "sample": 30} if pooled else None)
+
+    whole = fit(make(), read(), -1, epochs=3)
     path = tmp_path / "stopped.ckpt"
     with pytest.raises(InterruptedError):
-        fit(make(), digits(), -1, epochs=3, callbacks=[Stop(steps, path)])
+        fit(make(), read(), -1, epochs=3, callbacks=[Stop(steps, path)])
     resumed = make()
     trainer = trainer_for(epochs=3)
-    trainer.fit(resumed, digits(), ckpt_path=path)
+    trainer.fit(resumed, read(), ckpt_path=path)
     assert trainer.global_step == 9
     assert same(resumed.network, whole.network)
     assert resumed.sensitivity.upsilon() == whole.sensitivity.upsilon()

@@ -24,7 +24,7 @@ from script_runner import run_script
 import wdat
 from wdat import models
 from wdat.attacks import build
-from wdat.data import ImageDataModule
+from wdat.data import ImageDataModule, digits
 from wdat.models import zoo
 from wdat.records import read
 
@@ -237,6 +237,28 @@ def test_the_switches_for_speed(tmp_path):
     for mine, theirs in zip(read(run / "records.json"), read(tmp_path / "plain" / "records.json"), strict=True):
         assert mine.accuracy == pytest.approx(theirs.accuracy, abs=0.05), mine.attack
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
+
+
+def test_a_pool_of_synthetic_images(tmp_path):
+    data = digits()
+    np.savez("pool.npz", image=data.x_train[:200].permute(0, 2, 3, 1).numpy(), label=data.y_train[:200].numpy())
+    pool = [
+        "data.synthetic.path=pool.npz",
+        "data.synthetic.fraction=0.5",
+        "pretrain.max_epochs=1",
+        "trainer.max_epochs=1",
+    ]
+    result = train(*QUICK, *pool, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    assert "pool    200 synthetic images, 50 % of each batch" in result.out
+    assert {r.data for r in read(Path("run/records.json"))} == {"digits with 0.5 of pool"}
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["sensitivity"]["name"] == "mixture"
+    assert len(checkpoint["sensitivity"]["originals"]["stored"]) == 320
+    assert checkpoint["global_step"] == 10
+    result = train(*QUICK, "data.synthetic.path=none.npz")
+    assert "data.synthetic.path=none.npz: no such file" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_a_run_is_a_function_of_its_seed(tmp_path):

@@ -13,11 +13,11 @@ class Batch(NamedTuple):
     Attributes:
         x: Images (B, C, H, W), float, in [0, 1].
         y: Labels (B,), int64.
-        index: (B,), int64: each image's row in its split, from 0.
+        index: (B,), int64: each image's row in its split, from 0; row r of a pool of synthetic images is n_train + r.
         place: (B,), int64: each image's place in the global batch.
         size: Number of images in the global batch, over all processes.
         step: The global batch's number since the start of training; 0 in evaluation.
-        synthetic: (B,), bool: which images are synthetic; None where none are.
+        synthetic: (B,), bool: whether each image is of the pool; None where there is no pool.
     """
 
     x: Tensor

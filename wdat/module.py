@@ -27,7 +27,7 @@ from wdat.objectives import Objective
 from wdat.optim import decay_groups
 from wdat.processes import Processes, current
 from wdat.seeding import generator
-from wdat.sensitivity import Estimator
+from wdat.sensitivity import Estimator, with_pool
 from wdat.threat import ThreatModel
 
 TERMS = ("loss", "loss_clean", "loss_pointwise", "loss_distributional")
@@ -99,6 +99,13 @@ class WDATModule(L.LightningModule):
         if mode and self.keep_eval:
             self.keep_eval(self.network)
         return self
+
+    def setup(self, stage: str) -> None:
+        """Υ is that of the images that are drawn: where the data have a pool of synthetic ones, of the mixture."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and getattr(data, "pool", None) is not None:
+            size, every = data.synthetic.sample, data.synthetic.every
+            self.sensitivity = with_pool(self.sensitivity, data.pool, data.pool_share, size, every)
 
     def on_fit_start(self) -> None:
         """Networks are loaded in eval mode; training needs train mode. The estimator learns of the training set."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-PURPOSES = ("split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii")
+PURPOSES = (
+    "split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii", "pool", "strata",
+)  # fmt: skip
 
 
 def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:

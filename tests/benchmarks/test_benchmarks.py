@@ -19,12 +19,12 @@ def run(module, *arguments):
     return done.stdout
 
 
-def test_the_tables_of_the_readme_are_made_from_the_records():
-    readme = (ROOT / "README.md").read_text()
+def test_the_tables_of_the_pages_are_made_from_the_records():
+    readme, synthetic = (ROOT / "README.md").read_text(), (ROOT / "docs" / "synthetic.md").read_text()
     tables = run("summary").strip().split("\n\n")
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
-        assert table in readme
+        assert table in (synthetic if "loading a batch" in table else readme)
 
 
 @pytest.mark.slow
@@ -62,7 +62,29 @@ def test_the_upsilon_benchmark(shared, tmp_path):
     assert record.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("module", ["upsilon", "step"])
+@pytest.mark.slow
+def test_the_pool_benchmark(shared, tmp_path):
+    record = tmp_path / "pool.json"
+    few = ["--count", 3_000_000, "--against", 5000, "--real", 1, "--rounds", 2, "--loads", 2, "--batches", 20]
+    out = run(
+        "pool", "--checkpoint", shared / "models/resnet2b.pt", "--data", shared / "data/cifar10_subset.npz",
+        "--images", 512, "--batch-size", 16, "--inner-steps", 2, *few, "--folder", tmp_path, "--output", record,
+    )  # fmt: skip
+    assert "resident memory" in out
+    assert [f.name for f in tmp_path.iterdir()] == ["pool.json"], "the pools are gone"
+    found = json.loads(record.read_text())
+    row = found["row"]
+    assert row["gigabytes"] > 9 > 1 > row["gigabytes_on_disk"]
+    assert len(row["memory"]) == 11
+    assert all(100 < point["resident_mb"] < 3000 for point in row["memory"])
+    for kind in ("loading", "step"):
+        assert set(row[kind]) == {"clock", "processor"}
+        assert all(0.1 < found["ratio"]["median"] < 10 for found in row[kind].values())
+    assert found["disk"]["rows"] == 11
+    assert all(times["min"] > 0 for times in found["disk"]["milliseconds"].values())
+
+
+@pytest.mark.parametrize("module", ["upsilon", "step", "pool"])
 def test_missing_images_are_named(module, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{module}", "--data", str(tmp_path / "no.npz"), "--output"]
     command += [str(tmp_path / "record.json"), "--network", "small_cnn"]

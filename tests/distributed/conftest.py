@@ -45,6 +45,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of other small digits, by its own file."""
+    x, y = (tensor.numpy() for tensor in small_digits())
+    file = tmp_path_factory.mktemp("pool") / "pool.npz"
+    np.savez(file, image=255 - x[:300], label=y[:300])
+    return file
+
+
+@pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of `networks.small_network` that have learnt the digits, but not too well."""
     x, y = small_digits()

@@ -60,6 +60,7 @@ def fitted(work: dict[str, Any], case: dict[str, Any], world: int) -> dict[str, 
     data = ImageDataModule(
         "npz", 10, path=work["images"], batch_size=16, eval_batch_size=4, crop=1, flip=False, seed=cfg.seed,
         val_size=case.get("val_size", 3), limit_train=case.get("limit_train", 48),
+        synthetic={"path": work["pool"], "sample": 40, **case["synthetic"]} if "synthetic" in case else None,
     )  # fmt: skip
     module = WDATModule(
         network,

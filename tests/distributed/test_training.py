@@ -38,6 +38,15 @@ OTHERS = {
     "unequal shares": {"overrides": ["attack=wpgd_budget", "sensitivity=batch", "attack.steps=3"], "limit_train": 7},
     "unequal shares, table": {"overrides": ["attack=wpgd", "sensitivity=table", *SHARED], "limit_train": 7},
 }  # fmt: skip
+POOLED = {
+    f"pool, {name}": {"overrides": ["attack=wpgd_budget", "attack.steps=3", "threat.delta=0.05", *overrides],
+                      "synthetic": settings}
+    for name, overrides, settings in (
+        ("table", ["sensitivity=table", "sensitivity.every=4"], {}),
+        ("exact", ["sensitivity=exact", "sensitivity.every=2"], {"every": 2, "fraction": 0.5}),
+        ("few originals", ["attack=wpgd"], {"fraction": 0.94}),  # of 16: the second process has none
+    )
+}  # fmt: skip
 VALIDATED = {
     f"{n} validation images": {
         "overrides": ["attack=wpgd_budget", *SHARED], "norm": True, "val_size": n,
@@ -47,11 +56,12 @@ VALIDATED = {
 
 
 @pytest.fixture
-def compared(tmp_path, launch, images, weights):
+def compared(tmp_path, launch, images, pool, weights):
     """`compared(cases)`: by case, the weights at the start, after one process and after each of two."""
 
     def run(cases):
-        work = {"images": str(images), "weights": str(weights), "out": str(tmp_path / "fitted"), "cases": cases}
+        work = {"images": images, "pool": pool, "weights": weights, "out": tmp_path / "fitted"}
+        work = {**{key: str(file) for key, file in work.items()}, "cases": cases}
         file = tmp_path / "work.json"
         file.write_text(json.dumps(work))
         found = launch(WORKER, file)
@@ -88,6 +98,14 @@ def test_two_processes_train_what_one_does(compared):
 def test_also_a_part_of_the_network_and_unequal_shares(compared):
     start, one, first, second = compared(list(OTHERS.values()))
     for name, *weights in zip(OTHERS, one, first, second, strict=True):
+        same_weights(start, *weights, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_also_with_a_pool_of_synthetic_images(compared):
+    start, one, first, second = compared(list(POOLED.values()))
+    for name, *weights in zip(POOLED, one, first, second, strict=True):
         same_weights(start, *weights, name)
 
 

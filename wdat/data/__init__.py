@@ -4,6 +4,7 @@ from wdat.data.augment import Augment, Draws, crop_and_flip
 from wdat.data.images import ImageSet
 from wdat.data.loading import PlannedLoader, ResumableLoader
 from wdat.data.module import ImageDataModule
+from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan
 from wdat.data.sources import SOURCES, cifar10, cifar100, digits, npz
 from wdat.data.splits import Splits, hold_out
@@ -19,6 +20,8 @@ __all__ = [
     "ResumableLoader",
     "ShardPlan",
     "Splits",
+    "Synthetic",
+    "SyntheticPool",
     "TrainPlan",
     "cifar10",
     "cifar100",

@@ -1,4 +1,4 @@
-"""Images in memory, read a batch at a time."""
+"""Images in memory, and beside them perhaps a pool of synthetic ones, read a batch at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from wdat import seeding
 from wdat.batch import Batch
 from wdat.data.augment import Augment, Draws
+from wdat.data.pool import SyntheticPool
 from wdat.data.sampling import BatchPlan
 
 
@@ -20,22 +21,31 @@ class ImageSet(Dataset[Batch]):
         labels: (N,), int64, on the same device.
         augment: The augmentation, or None to read images as they are.
         seed: The seed of the run.
+        pool: Synthetic images, which the rows from N on stand for; read from their file batch by batch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, augment: Augment | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        augment: Augment | None = None,
+        seed: int = 0,
+        pool: SyntheticPool | None = None,
+    ) -> None:
         self.images = images
         self.labels = labels
         self.augment = augment
         self.seed = seed
+        self.pool = pool
 
     def to(self, device: torch.device) -> ImageSet:
         """The same images on a device; itself where they are there."""
         if self.images.device == device:
             return self
-        return ImageSet(self.images.to(device), self.labels.to(device), self.augment, self.seed)
+        return ImageSet(self.images.to(device), self.labels.to(device), self.augment, self.seed, self.pool)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of images, without the pool's."""
         return len(self.images)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
@@ -52,8 +62,23 @@ class ImageSet(Dataset[Batch]):
             draws: The choices for the whole global batch, of which those at `plan.place` are used; None for none.
         """
         device = self.images.device
-        index = plan.index.to(device)
-        x = self.images[index]
+        synthetic = None if self.pool is None else plan.index >= len(self)
+        x, y = self._rows(plan.index, synthetic)
         if self.augment is not None and draws is not None:
             x = self.augment(x, draws.at(plan.place))
-        return Batch(x.to(torch.float32) / 255, self.labels[index], index, plan.place.to(device), plan.size, plan.step)
+        index, place = plan.index.to(device), plan.place.to(device)
+        synthetic = None if synthetic is None else synthetic.to(device)
+        return Batch(x.to(torch.float32) / 255, y, index, place, plan.size, plan.step, synthetic)
+
+    def _rows(self, index: Tensor, synthetic: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Images and labels, on the device; those of the pool are copied there."""
+        device = self.images.device
+        if self.pool is None or synthetic is None:
+            index = index.to(device)
+            return self.images[index], self.labels[index]
+        own, drawn = index[~synthetic].to(device), index[synthetic] - len(self)
+        images, labels = self.pool.read(drawn)
+        x = torch.cat([self.images[own], images.to(device)])
+        y = torch.cat([self.labels[own], labels.to(device)])
+        order = synthetic.to(torch.uint8).argsort(stable=True).argsort().to(device)  # originals first, and back
+        return x[order], y[order]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule
 from torch import Tensor
@@ -13,14 +14,15 @@ from wdat.batch import Batch
 from wdat.data.augment import Augment
 from wdat.data.images import ImageSet
 from wdat.data.loading import PlannedLoader, ResumableLoader
-from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan
+from wdat.data.pool import Synthetic, SyntheticPool
+from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_places
 from wdat.data.sources import SOURCES, fetch
 from wdat.data.splits import check_labels, hold_out
 from wdat.errors import SettingError, unknown
 
 
 class ImageDataModule(LightningDataModule):
-    """Training, validation and test images, all in memory.
+    """Training, validation and test images, all in memory, and perhaps synthetic images to train on besides.
 
     Validation images are set aside from the training set, by class; the test set is never touched. Only training
     images are augmented. What is drawn depends on the seed, the step and the place in the global batch, never on the
@@ -42,7 +44,11 @@ class ImageDataModule(LightningDataModule):
         limit_train: Keeps the first N training images, after validation images are set aside; None for all.
         limit_val: The same for validation.
         limit_test: The same for the test set, in the order of the source.
+        synthetic: A pool of further training images: the fields of `Synthetic`; None, or without a path, for none.
         seed: The seed of the run: the split, the order and the augmentation.
+
+    Attributes:
+        pool: The pool, from `setup` on; None without one.
 
     Raises:
         SettingError: A setting is out of range.
@@ -64,6 +70,7 @@ class ImageDataModule(LightningDataModule):
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        synthetic: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -82,6 +89,8 @@ class ImageDataModule(LightningDataModule):
         limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
         self.seed = _count("seed", seed, 0)
+        self.synthetic = Synthetic(**synthetic or {})
+        self.pool: SyntheticPool | None = None
         self._sets: dict[str, ImageSet] = {}
         self._share = (0, 1)
 
@@ -102,7 +111,8 @@ class ImageDataModule(LightningDataModule):
         """Reads, checks and splits the images, once for all stages.
 
         Raises:
-            SettingError: The source can't be read, its labels aren't classes, or validation leaves nothing to train on.
+            SettingError: The source or the pool can't be read, their labels aren't classes, validation leaves nothing
+                to train on, or a batch has no room for both originals and synthetic images.
         """
         if self._sets:
             return
@@ -112,16 +122,21 @@ class ImageDataModule(LightningDataModule):
         kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
         kept, held = kept[: self.limits["train"]], held[: self.limits["val"]]
         first = slice(self.limits["test"])
+        if self.synthetic.path is not None:
+            synthetic_places(min(self.batch_size, len(kept)), self.synthetic.fraction)
+            channels, height, width = data.x_train.shape[1:]
+            self.pool = SyntheticPool(self.synthetic.path, (channels, height, width), self.num_classes)
         self._sets = {
-            "train": ImageSet(data.x_train[kept], data.y_train[kept], self.augment, self.seed),
+            "train": ImageSet(data.x_train[kept], data.y_train[kept], self.augment, self.seed, self.pool),
             "val": ImageSet(data.x_train[held], data.y_train[held]),
             "test": ImageSet(data.x_test[first], data.y_test[first]),
         }
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches of `batch_size` over all processes."""
-        images = self._placed("train")
-        return ResumableLoader(images, TrainPlan(len(images), self.batch_size, self.seed, *self._process()))
+        images, drawn = self._placed("train"), len(self.pool) if self.pool else 0
+        plan = TrainPlan(len(images), self.batch_size, self.seed, *self._process(), drawn, self.synthetic.fraction)
+        return ResumableLoader(images, plan)
 
     def val_dataloader(self) -> PlannedLoader:
         """Every validation image once, as it is."""
@@ -139,7 +154,7 @@ class ImageDataModule(LightningDataModule):
         `index`.
 
         Args:
-            index: (M,), int64: rows of the training split.
+            index: (M,), int64: rows of the training split; row r of the pool is `n_train` + r.
             step: The number that fixes the draws.
             rank: This process's number; it takes positions rank, rank + world, ….
             world: Number of processes that share the pass.
@@ -164,8 +179,15 @@ class ImageDataModule(LightningDataModule):
         return self._sets[split]
 
     @property
+    def pool_share(self) -> float:
+        """The pool's share of a batch, f but for rounding; 0 without one."""
+        if self.pool is None:
+            return 0.0
+        return float(synthetic_places(min(self.batch_size, self.n_train), self.synthetic.fraction).float().mean())
+
+    @property
     def n_train(self) -> int:
-        """Number of training images."""
+        """Number of training images, without the pool's."""
         return len(self.images("train"))
 
     @property
@@ -181,8 +203,10 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the data in records: the source, with the file's for `npz`."""
-        return self.source if self.path is None or self.source != "npz" else f"npz:{Path(self.path).stem}"
+        """The name of the data in records: the source, with the file's for `npz`, and the share of a pool."""
+        name = self.source if self.path is None or self.source != "npz" else f"npz:{Path(self.path).stem}"
+        pool = self.synthetic
+        return name if pool.path is None else f"{name} with {pool.fraction:g} of {Path(pool.path).stem}"
 
     def _val_images(self, n: int) -> int:
         count = round(self.val_size * n) if self.val_size < 1 else int(self.val_size)

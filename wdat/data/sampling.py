@@ -18,7 +18,7 @@ class BatchPlan:
     """One process's part of one global batch, before any image is read.
 
     Attributes:
-        index: (B,), int64: rows in the split.
+        index: (B,), int64: rows in the split; row r of a pool of synthetic images is n + r.
         place: (B,), int64: places in the global batch.
         size: Number of images in the global batch.
         step: The global batch's number since the start of training; 0 in evaluation.
@@ -46,6 +46,29 @@ class _Plan(DistributedSampler[BatchPlan]):
         self.world = world
 
 
+def synthetic_places(size: int, fraction: float) -> Tensor:
+    """Which places of a global batch are a pool's: round(f·B) of them, spread evenly, so that processes share them.
+
+    Args:
+        size: Images in the global batch, B.
+        fraction: f, in (0, 1).
+
+    Returns:
+        (B,), bool.
+
+    Raises:
+        SettingError: No original or no synthetic image is left.
+    """
+    count = size - round((1 - fraction) * size)
+    if not 0 < count < size:
+        raise SettingError(
+            f"data.synthetic.fraction={fraction} of {size} images leaves no {'synthetic' if not count else 'original'} "
+            f"image in a batch: set it nearer to 0.5, or raise data.batch_size"
+        )
+    place = torch.arange(size)
+    return (place + 1) * count // size > place * count // size
+
+
 class TrainPlan(_Plan):
     """The shuffled batches of training, one epoch at a time.
 
@@ -53,18 +76,26 @@ class TrainPlan(_Plan):
     of which process `rank` of `world` takes its consecutive share. A last, incomplete batch is dropped; a set smaller
     than one batch is one batch.
 
+    With a pool of synthetic images an epoch has as many batches, and each takes (1 − f)·B rows of the permutation and
+    the others from the pool, uniformly.
+
     Args:
         n: Number of training images.
         batch_size: Images in a global batch, over all processes: B.
         seed: The seed of the run.
         rank: This process's number, from 0.
         world: Number of processes.
+        pool: Number of synthetic images; 0 for none.
+        fraction: f, their share of a batch.
 
     Raises:
-        SettingError: B can't be divided evenly over the processes, or there are more processes than images.
+        SettingError: B can't be divided evenly over the processes or over originals and pool, or there are more
+            processes than images.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, pool: int = 0, fraction: float = 0.0
+    ) -> None:
         super().__init__(n, batch_size, rank, world, shuffle=True, seed=seed)
         if batch_size % world:
             raise SettingError(
@@ -75,6 +106,9 @@ class TrainPlan(_Plan):
             raise SettingError(
                 f"{n} training images for {world} processes: set trainer.devices or raise data.limit_train"
             )
+        size = min(batch_size, n)
+        self.pool = pool
+        self._drawn_places = synthetic_places(size, fraction) if pool else torch.zeros(size, dtype=torch.bool)
         self._first = 0  # where the next pass begins
         self._drawn = 0  # batches of this epoch handed out so far
 
@@ -89,12 +123,25 @@ class TrainPlan(_Plan):
 
     def __iter__(self) -> Iterator[BatchPlan]:
         first, self._first = self._first, 0
-        size = min(self.batch_size, self.n)
+        size = len(self._drawn_places)
         order = torch.randperm(self.n, generator=seeding.generator(self.seed, "order", self.epoch))
         place = torch.arange(self.rank * size // self.world, (self.rank + 1) * size // self.world)
         for k in range(first, len(self)):
             self._drawn = k + 1
-            yield BatchPlan(order[k * size + place], place, size, self.epoch * len(self) + k, self.epoch)
+            step = self.epoch * len(self) + k
+            yield BatchPlan(self._rows(order, k, step)[place], place, size, step, self.epoch)
+
+    def _rows(self, order: Tensor, k: int, step: int) -> Tensor:
+        """The rows of a whole global batch."""
+        drawn = self._drawn_places
+        size, count = len(drawn), int(drawn.sum())
+        own = order[k * (size - count) : (k + 1) * (size - count)]
+        if not count:
+            return own
+        rows = torch.empty(size, dtype=torch.int64)
+        rows[~drawn] = own
+        rows[drawn] = self.n + torch.randint(self.pool, (count,), generator=seeding.generator(self.seed, "pool", step))
+        return rows
 
     def state_dict(self) -> dict[str, int]:
         """The position in training, equal on all processes."""

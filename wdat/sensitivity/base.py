@@ -15,7 +15,7 @@ class Sample(NamedTuple):
 
     Attributes:
         values: (M,), dual norms, or distances for the attacks that divide by these.
-        counts: (M,), how many images have each value; None for one each.
+        counts: (M,), how many images have each value, or any weights in these proportions; None for one each.
     """
 
     values: Tensor
@@ -58,6 +58,8 @@ class Estimator(Sensitivity):
     The module calls `wanted` before each step; if that names images, it measures their dual norms and hands them to
     `measured`. The attack then calls `observe` with the batch's fresh norms. State goes into the checkpoint.
     """
+
+    of_batches: ClassVar[bool] = False  # goes by the batches alone, whatever they are drawn from
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ class Batch(Estimator):
     """Υ of the batch itself: free, noisy, and at q > 1 biased low by Jensen's inequality."""
 
     name = "batch"
+    of_batches = True
 
     def observe(self, index: Tensor | None, norms: Tensor) -> None:
         self._values = self.processes.gather(norms.detach())
@@ -86,6 +87,7 @@ class Exact(Batch):
     """
 
     name = "exact"
+    of_batches = False
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
