@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +108,13 @@ def test_sample(which: tuple[str, str, str]) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_every_architecture(every: zoo.ZooEntry) -> None:
     check(every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "whole"), [([], False), (["-m", "not slow"], False), (["-m", "zoo"], True)])
+def test_only_when_asked(asked: list[str], whole: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__, *asked]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout
+    assert ("test_sample[" in listed) is not whole
+    assert (listed.count("test_every_architecture[") > 100) is whole
+    assert ("test_every_architecture" in listed) is whole
