@@ -21,6 +21,15 @@ hypothesis.settings.register_profile("wdat", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("wdat")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `zoo`, unless -m speaks of it: it takes longer than all other tests together."""
+    if "zoo" not in config.option.markexpr:
+        left = [item for item in items if item.get_closest_marker("zoo")]
+        if left:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real networks and images, which is no part of the project."""

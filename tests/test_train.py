@@ -468,7 +468,7 @@ def test_a_real_network_on_real_images(shared, tmp_path):
 @pytest.mark.filterwarnings("ignore:wpgd. every gradient is zero")  # fresh weights classify nothing
 def test_a_network_of_the_zoo_trains(tmp_path):
     name = "Rebuffi2021Fixing_R18_ddpm"
-    network = zoo.architecture(zoo.resolve(name, "cifar10", "Linf"))
+    network = models.build.architecture(zoo.resolve(name, "cifar10", "Linf"))
     place = tmp_path / "zoo" / "cifar10" / "Linf" / f"{name}.pt"
     place.parent.mkdir(parents=True)
     torch.save(network.state_dict(), place)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.errors import SettingError
-from wdat.models import find_head, keep_frozen_in_eval, load_network, prepare, zoo
+from wdat.models import build, find_head, keep_frozen_in_eval, load_network, prepare, zoo
 
 
 class Body(nn.Module):
@@ -52,7 +52,7 @@ def test_head_of_local_networks(name: str, head: str) -> None:
     [("Rebuffi2021Fixing_R18_ddpm", "Linf", "logits"), ("Wong2020Fast", "Linf", "linear")],
 )
 def test_head_of_zoo_architectures(name: str, threat_model: str, head: str) -> None:
-    assert find_head(zoo.architecture(zoo.resolve(name, "cifar10", threat_model)))[0] == head
+    assert find_head(build.architecture(zoo.resolve(name, "cifar10", threat_model)))[0] == head
 
 
 def test_finding_the_head_leaves_the_network_as_found() -> None:

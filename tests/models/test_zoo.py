@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import warnings
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from wdat.errors import SettingError
-from wdat.models import LOCAL, load_network, zoo
+from wdat.models import LOCAL, build, load_network, zoo
 
 NAME = "Rebuffi2021Fixing_R18_ddpm"
 
@@ -114,7 +117,7 @@ def test_loads_a_file_put_where_robustbench_looks(tmp_path: Path, images: Tensor
 
 def load_network_from_seed(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return zoo.architecture(zoo.resolve(name, "cifar10", "Linf")).eval()
+    return build.architecture(zoo.resolve(name, "cifar10", "Linf")).eval()
 
 
 def test_download_takes_its_place_once(tiny: str, tmp_path: Path, downloader: Any) -> None:
@@ -132,13 +135,52 @@ def no_connection(path: Path) -> None:
     raise ConnectionError("Name or service not known\nand a second line")
 
 
+class Other(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3072, 11))
+
+
+def cut_short(path: Path) -> None:
+    torch.save(Tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def flipped(path: Path) -> None:
+    """One bit of a weight differs, which `torch.load` doesn't notice."""
+    torch.save(Tiny().state_dict(), path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    torch.load(path, weights_only=True)
+
+
+def refused(path: Path) -> None:
+    raise HTTPError("https://drive.google.com", 403, "Forbidden", Message(), None)
+
+
+def quota(path: Path) -> None:
+    raise type("FileURLRetrievalError", (Exception,), {})("Too many users have viewed\n\tor downloaded this file")
+
+
+def full_disk(path: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (no_connection, "Name or service not known"),
-        (lambda path: path.write_text("<html>Quota exceeded</html>"), "what arrived is a web page"),
-        (lambda path: path.write_bytes(b"PK\x03\x04 half a file"), "what arrived is damaged"),
+        (no_connection, r"the server can't be reached: no network, or it is blocked \(Name or service not known"),
+        (refused, "the server refuses .*403"),
+        (quota, r"Google Drive gives no file, as when its daily quota is used up \(Too many users have viewed or"),
+        (full_disk, "there is no room .*model.root"),
+        (lambda path: path.write_text("<html><title>Quota exceeded</title>"), r"web page \('Quota exceeded'\)"),
+        (lambda path: path.write_bytes(b""), "what arrived is empty"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 half a file"), "what arrived is cut short"),
+        (cut_short, "what arrived is cut short"),
+        (flipped, "what arrived is damaged in its part .*data"),
         (lambda path: torch.save({"args": Tiny()}, path), "nothing is unpickled here"),
+        (lambda path: torch.save(Other().state_dict(), path), "not of this network: .*size mismatch for 1.weight"),
+        (lambda path: torch.save({"epoch": torch.ones(1)}, path), "not of this network: .*Missing key"),
         (lambda path: None, "there is no file what arrived"),
     ],
 )
@@ -156,6 +198,36 @@ def test_failed_download_leaves_nothing_behind(
     assert list((tmp_path / "cifar10" / "Linf").iterdir()) == []
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.models = nn.ModuleList([Tiny(), Tiny()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.models[0](x) + self.models[1](x)
+        return logits
+
+
+def test_ensemble_keeps_what_was_there_and_all_or_nothing_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downloader: Any, images: Tensor
+) -> None:
+    monkeypatch.setitem(dictionary(), "Pair2024", {"model": Pair, "gdrive_id": ["a", "b"]})
+    source = Pair()
+    place = tmp_path / "cifar10" / "Linf"
+    place.mkdir(parents=True)
+    torch.save(source.models[0].state_dict(), place / "Pair2024.pt_m0.pt")
+    asked = downloader(lambda path: torch.save(Other().state_dict(), path))
+    with pytest.raises(SettingError, match="not of this network"):
+        load_network("Pair2024", root=tmp_path)
+    assert files(place) == ["Pair2024.pt_m0.pt"]
+    asked += downloader(lambda path: torch.save(source.models[1].state_dict(), path))
+    network = load_network("Pair2024", root=tmp_path)
+    assert torch.equal(network(images), source(images))
+    assert files(place) == ["Pair2024.pt_m0.pt", "Pair2024.pt_m1.pt"]
+    assert not any(path.is_symlink() for path in place.iterdir())
+    assert asked == ["b"]
+
+
 def test_bad_file_in_place(tiny: str, tmp_path: Path, downloader: Any) -> None:
     asked = downloader(no_connection)
     path = tmp_path / "cifar10" / "Linf" / f"{tiny}.pt"
@@ -165,7 +237,7 @@ def test_bad_file_in_place(tiny: str, tmp_path: Path, downloader: Any) -> None:
         load_network(tiny, root=tmp_path)
     torch.save(load_network("small_cnn").state_dict(), path)
     with pytest.raises(
-        SettingError, match=r"Tiny2024 \(cifar10, Linf\) can't be loaded from .*Tiny2024.pt.*Missing key"
+        SettingError, match=r"Tiny2024 \(cifar10, Linf\) can't be loaded from .*Tiny2024.pt.*Missing key.*; deleting "
     ):
         load_network(tiny, root=tmp_path)
     assert asked == []
@@ -177,23 +249,46 @@ def test_files_of_an_ensemble(tmp_path: Path) -> None:
     assert [file.path for file in zoo.weight_files(entry, tmp_path)] == expected
 
 
-def test_timm_networks_build_and_say_where_their_file_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
-) -> None:
-    """The constructors in RobustBench's dictionary name networks that timm doesn't know; those registered work."""
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch.hub, which can't be filled."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    name = "Debenedetti2022Light_XCiT-S12"
-    assert zoo.architecture(zoo.resolve(name, "cifar10", "Linf")).eval()(images).shape == (3, 10)
 
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "file"),
+    [
+        ("Debenedetti2022Light_XCiT-S12", "cifar10", "debenedetti2022light-xcit-s-cifar10-linf.pth.tar"),
+        ("Standard_R50", "imagenet", "resnet50-0676ba61.pth"),
+    ],
+)
+def test_networks_of_timm_and_torchvision(name: str, dataset: str, file: str, hub: Path) -> None:
+    """Built without a download; their file goes to torch.hub's cache and is used from there without a network."""
+    classes, size = zoo.CLASSES[dataset], 32 if dataset == "cifar10" else 64
+    source = build.architecture(zoo.resolve(name, dataset, "Linf")).eval()
     with pytest.raises(SettingError, match="no network") as caught:
-        load_network(name, root=tmp_path)
-    file = tmp_path / "hub" / "checkpoints" / "debenedetti2022light-xcit-s-cifar10-linf.pth.tar"
-    assert str(file) in str(caught.value)
-    assert files(tmp_path) == []
+        load_network(name, classes, dataset=dataset, root=hub / "unused")
+    assert str(hub / file) in str(caught.value)
+    assert files(hub) == []
+    torch.save(source[1].state_dict(), hub / file)  # of what the normalisation is put before
+    network = load_network(name, classes, dataset=dataset, root=hub / "unused")
+    x = torch.rand(1, 3, size, size)
+    assert torch.equal(network(x), source(x))
+    assert torch.hub.get_dir() == str(hub.parent)
+
+
+def test_a_file_for_torch_hub_takes_its_place(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build.architecture(zoo.resolve("Standard_R50", "imagenet", "Linf"))[1]
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, to, **_: torch.save(source.state_dict(), to))
+    network = load_network("Standard_R50", 1000, dataset="imagenet")
+    assert torch.equal(network[1].fc.weight, source.fc.weight)
+    assert files(hub) == ["resnet50-0676ba61.pth"]
 
 
 def test_constructor_that_fails_names_the_network(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +299,7 @@ def test_constructor_that_fails_names_the_network(tiny: str, monkeypatch: pytest
     with pytest.raises(
         SettingError, match=r"Tiny2024 \(cifar10, Linf\) can't be built .*Unknown model \(xcit_of_old\)"
     ):
-        zoo.architecture(zoo.resolve(tiny, "cifar10", "Linf"))
+        build.architecture(zoo.resolve(tiny, "cifar10", "Linf"))
 
 
 def test_swish_is_pytorchs_own(images: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from wdat.errors import SettingError
-from wdat.models import zoo
+from wdat.models import build, zoo
 from wdat.models.checkpoint import load_checkpoint
 from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
 from wdat.models.local import LOCAL, seeded
@@ -60,9 +60,9 @@ def load_network(
                 "model.dataset to match the data, or a local network"
             )
         if checkpoint is None:
-            return zoo.load_zoo(name, dataset, threat_model, root)
+            return build.load_zoo(name, dataset, threat_model, root)
         with seeded(seed):
-            network = zoo.architecture(entry)
+            network = build.architecture(entry)
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
     return network.eval()

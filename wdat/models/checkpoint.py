@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import textwrap
 import warnings
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -78,13 +81,29 @@ def _why(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(64).lstrip()
     if head.startswith(b"<"):
-        return "is a web page, not weights: fetch it again, in a browser if need be"
+        return f"is a web page{_title(path)}, not weights: fetch it again, in a browser if need be"
+    if _cut_short(head, path, error):
+        return "is cut short: fetch or save it again"
     if isinstance(error, pickle.UnpicklingError) and head.startswith((b"PK", b"\x80")):
         return (
             "holds pickled Python objects, and nothing is unpickled here because that can run code: where you trust "
             "it, load it once elsewhere and save torch.save(network.state_dict(), FILE)"
         )
     return "is damaged or no PyTorch file: fetch or save it again"
+
+
+def _title(path: Path) -> str:
+    """A web page's title, which may tell of a quota or a login; empty if it has none."""
+    with path.open("rb") as file:
+        found = re.search(r"<title>(.*?)</title>", file.read(4096).decode(errors="replace"), re.I | re.S)
+    return f" ('{textwrap.shorten(found[1], 60, placeholder='...')}')" if found else ""
+
+
+def _cut_short(head: bytes, path: Path, error: Exception) -> bool:
+    """Whether a file of PyTorch's lacks its end, which in the present format is a zip archive's list of contents."""
+    if head.startswith(b"PK"):
+        return not zipfile.is_zipfile(path)
+    return head.startswith(b"\x80") and any(sign in str(error) for sign in ("truncated", "Ran out", "unexpected EOF"))
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

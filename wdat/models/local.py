@@ -150,16 +150,16 @@ def small_cnn(num_classes: int) -> nn.Module:
 
 def preact_resnet18(num_classes: int) -> nn.Module:
     """RobustBench's pre-activation ResNet-18 with CIFAR-10's normalisation inside."""
-    from wdat.models import zoo
+    from wdat.models import build
 
-    return zoo.deepmind("DMPreActResNet", num_classes=num_classes, depth=18)
+    return build.deepmind("DMPreActResNet", num_classes=num_classes, depth=18)
 
 
 def wrn_28_10(num_classes: int) -> nn.Module:
     """RobustBench's WideResNet-28-10 with CIFAR-10's normalisation inside."""
-    from wdat.models import zoo
+    from wdat.models import build
 
-    return zoo.deepmind("DMWideResNet", num_classes=num_classes, depth=28, width=10)
+    return build.deepmind("DMWideResNet", num_classes=num_classes, depth=28, width=10)
 
 
 LOCAL: dict[str, Callable[[int], nn.Module]] = {

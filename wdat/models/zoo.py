@@ -1,12 +1,10 @@
-"""The adapter to RobustBench's model zoo: the only file that knows the package and its quirks."""
+"""What is in RobustBench's model zoo: names, and where their weights lie. `build` makes the networks."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from wdat import errors
 from wdat.errors import SettingError
-from wdat.models.weights import WeightFile, one_line
+from wdat.models.weights import WeightFile
 
 ALIASES = {
     "Zhang2019": "Zhang2019Theoretically",
@@ -122,99 +119,52 @@ def resolve(name: str, dataset: str, threat_model: str, others: Iterable[str] = 
     raise errors.unknown("model", name, [*others, *ALIASES, *zoo], "model.name")
 
 
-def architecture(entry: ZooEntry) -> nn.Module:
-    """The network of an entry with fresh weights.
-
-    Nothing is downloaded, save by the few ImageNet entries whose constructors ask torchvision for weights.
-
-    Raises:
-        SettingError: It can't be built by the versions of timm and torch that are installed.
-    """
-    timm_name = entry.timm_name
-    try:
-        with _weights_only():
-            if timm_name:
-                network = importlib.import_module("timm").create_model(timm_name, num_classes=CLASSES[entry.dataset])
-            else:
-                network = entry.settings["model"]()
-    except Exception as error:  # third-party constructors, some of which reach for the network or a GPU
-        raise _unusable(entry, "can't be built", error) from error
-    return _modern(network)
-
-
-def load_zoo(name: str, dataset: str = "cifar10", threat_model: str = "Linf", root: str | Path = "models") -> nn.Module:
-    """A network of the zoo with its weights, in eval mode, on the CPU.
-
-    The weights are looked for where RobustBench looks, `{root}/{dataset}/{threat_model}/{full name}.pt` (timm's cache
-    for the few networks that it registers in timm), and downloaded there if absent.
-
-    Args:
-        name: A key of `ALIASES` or a full name of the zoo.
-        dataset: A key of `CLASSES`.
-        threat_model: One of `THREAT_MODELS`.
-        root: Folder of the weights.
-
-    Raises:
-        SettingError: An unknown name; weights that can't be had, with the place to put them by hand; weights that are
-            damaged, need unpickling or belong to another network.
-    """
-    entry = resolve(name, dataset, threat_model)
-    root = Path(os.path.expanduser(root))
-    files = list(weight_files(entry, root))
-    for file in files:
-        file.ensure(str(entry))
-    try:
-        with _weights_only():
-            network = robustbench().load_model(entry.name, str(root), dataset, threat_model)
-    except Exception as error:  # third-party code on third-party files
-        where = f" from {', '.join(str(file.path) for file in files)}" if files else ""
-        raise _unusable(entry, f"can't be loaded{where}", error) from error
-    return _modern(network).eval()
+def entries() -> list[ZooEntry]:
+    """Every network of the zoo, in its own order."""
+    return [ZooEntry(name, dataset, threat) for dataset, threat in _parts() for name in _zoo(dataset, threat)]
 
 
 def weight_files(entry: ZooEntry, root: Path) -> Iterator[WeightFile]:
-    """The files that `robustbench.load_model` will look for: one, one per member of an ensemble, or none.
+    """The files that `robustbench.load_model` will look for: one, or one per member of an ensemble.
 
     Args:
         entry: A network of the zoo.
         root: Folder of the weights.
     """
-    robustbench()
     timm_name = entry.timm_name
+    ids = entry.settings["gdrive_id"]
     if timm_name:
-        url = importlib.import_module("timm").get_pretrained_cfg(timm_name).url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-        yield WeightFile(path, url, lambda to: torch.hub.download_url_to_file(url, to, progress=False))
+        yield _on_hub(importlib.import_module("timm").get_pretrained_cfg(timm_name).url)
+        return
+    if ids == "" and entry.name == "Standard_R50":  # torchvision's
+        yield _on_hub(importlib.import_module("torchvision.models").ResNet50_Weights.IMAGENET1K_V1.url)
         return
     if Path(entry.name).name != entry.name:
         raise SettingError(f"{entry} is no file name (model.name): its weights would lie outside model.root={root}")
-    path = root / entry.dataset / entry.threat_model / f"{entry.name}.pt"
-    ids = entry.settings["gdrive_id"]
+    path = Path(entry.dataset, entry.threat_model, f"{entry.name}.pt")
     if isinstance(ids, list):
-        for place, drive_id in enumerate(ids):
-            yield _on_drive(path.with_name(f"{path.name}_m{place}.pt"), drive_id)
-    elif ids is not None and not (entry.dataset == "imagenet" and "Standard" in entry.name):
-        yield _on_drive(path, ids)
+        for number, drive_id in enumerate(ids):
+            yield _on_drive(root, path.with_name(f"{path.name}_m{number}.pt"), drive_id)
+    elif ids:
+        yield _on_drive(root, path, ids)
 
 
-def deepmind(kind: str, **settings: Any) -> nn.Module:
-    """A CIFAR network of RobustBench's port of DeepMind's code, with CIFAR-10's normalisation inside.
+def _on_hub(url: str) -> WeightFile:
+    """A file in the cache of torch.hub, where timm and torchvision look."""
 
-    Args:
-        kind: `"DMWideResNet"` or `"DMPreActResNet"`.
-        settings: Arguments of the class, such as `num_classes` and `depth`.
-    """
-    network: nn.Module = getattr(_architectures("dm_wide_resnet"), kind)(**settings)
-    return network
+    def fetch(to: str) -> None:
+        torch.hub.download_url_to_file(url, to, progress=False)
+
+    return WeightFile(Path(torch.hub.get_dir()), Path("checkpoints", url.rsplit("/", 1)[-1]), url, fetch)
 
 
-def _on_drive(path: Path, drive_id: str) -> WeightFile:
+def _on_drive(root: Path, place: Path, drive_id: str) -> WeightFile:
     """A file on Google Drive, fetched by RobustBench's own function."""
 
     def fetch(to: str) -> None:
         importlib.import_module("robustbench.utils").download_gdrive_new(drive_id, to)
 
-    return WeightFile(path, f"https://drive.google.com/uc?id={drive_id}", fetch)
+    return WeightFile(root, place, f"https://drive.google.com/uc?id={drive_id}", fetch)
 
 
 def _parts() -> list[tuple[str, str]]:
@@ -235,42 +185,3 @@ def _zoo(dataset: str, threat_model: str) -> dict[str, dict[str, Any]]:
     enums = importlib.import_module("robustbench.model_zoo.enums")
     part = models.model_dicts[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
     return dict(part)
-
-
-def _architectures(module: str) -> Any:
-    """A module of RobustBench's architectures."""
-    robustbench()
-    return importlib.import_module(f"robustbench.model_zoo.architectures.{module}")
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Nothing is unpickled inside, by third parties neither, whatever they or the environment ask of `torch.load`.
-
-    torchvision and timm ask for unpickling, and check a file's sum only when they download it.
-    """
-    force, spare = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name, None) for name in (force, spare)}
-    os.environ[force] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[force]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _modern(network: nn.Module) -> nn.Module:
-    """The network with RobustBench's hand-written Swish replaced by the same function of PyTorch, `nn.SiLU`.
-
-    The former's backward pass uses `ctx.saved_variables`, which warns at every call and is about to go.
-    """
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "Swish" and type(child).__module__.startswith("robustbench."):
-                setattr(module, name, nn.SiLU())
-    return network
-
-
-def _unusable(entry: ZooEntry, what: str, error: Exception) -> SettingError:
-    """The error for a network of the zoo that its own package can't handle."""
-    return SettingError(f"{entry} {what} (model.name): {one_line(error)}")
