@@ -8,6 +8,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
@@ -228,5 +229,7 @@ def test_registry_gives_each_source_its_settings(tmp_path, monkeypatch):
     imitate(CIFAR10, tmp_path, monkeypatch)
     imitate(CIFAR100, tmp_path, monkeypatch)
     path = save(tmp_path)
+    (tmp_path / "val" / "class").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "class" / "0.png")
     sizes = {name: len(source(tmp_path, path, False).y_test) for name, source in SOURCES.items()}
-    assert sizes == {"cifar10": 3, "cifar100": 3, "npz": 4, "digits": 360}
+    assert sizes == {"cifar10": 3, "cifar100": 3, "imagenet": 1, "npz": 4, "digits": 360}

@@ -96,6 +96,10 @@ class TrainPlan(_Plan):
             self._drawn = k + 1
             yield BatchPlan(order[k * size + place], place, size, self.epoch * len(self) + k, self.epoch)
 
+    def handed_out(self, step: int) -> None:
+        """Notes that batch `step` has come out of the loader, whose workers may have drawn further ones."""
+        self._drawn = step - self.epoch * len(self) + 1
+
     def state_dict(self) -> dict[str, int]:
         """The position in training, equal on all processes."""
         return {"epoch": self.epoch, "drawn": self._drawn}

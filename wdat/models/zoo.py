@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -170,6 +171,25 @@ def load_zoo(name: str, dataset: str = "cifar10", threat_model: str = "Linf", ro
         where = f" from {', '.join(str(file.path) for file in files)}" if files else ""
         raise _unusable(entry, f"can't be loaded{where}", error) from error
     return _modern(network).eval()
+
+
+def preprocessing(entry: ZooEntry) -> str | None:
+    """How RobustBench cuts images for a network, in the manner of its own names: `Res256Crop224`, `Crop288`.
+
+    For networks that it registers in timm it takes timm's settings, which are put into the same words.
+
+    Returns:
+        The name; None for CIFAR, whose images are of one size.
+    """
+    if entry.dataset != "imagenet":
+        return None
+    timm_name = entry.timm_name
+    if timm_name is None:
+        return str(entry.settings["preprocessing"])
+    settings = importlib.import_module("timm").get_pretrained_cfg(timm_name)
+    size = settings.input_size[1]
+    kind = "Bicubic" if settings.interpolation == "bicubic" else ""
+    return f"{kind}Res{math.floor(size / settings.crop_pct)}Crop{size}"
 
 
 def weight_files(entry: ZooEntry, root: Path) -> Iterator[WeightFile]:
