@@ -52,7 +52,7 @@ def torchvisions_box(monkeypatch, image, low, areas, ratios, corner):
     uniform, whole = iter(np.stack([areas, ratios], 1).flatten()), iter(corner)
     module = importlib.import_module("torchvision.transforms.transforms")
     fake = SimpleNamespace(
-        empty=lambda _: SimpleNamespace(uniform_=lambda a, b: torch.tensor(a + (b - a) * next(uniform))),
+        empty=lambda _: SimpleNamespace(uniform_=lambda a, b: torch.as_tensor(a + (b - a) * next(uniform))),
         randint=lambda a, b, size: torch.tensor(int(next(whole) * b)),
         log=torch.log,
         exp=torch.exp,

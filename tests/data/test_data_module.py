@@ -76,6 +76,23 @@ def test_limits_keep_the_first_and_never_move_the_split(tmp_path):
     assert make(tmp_path, limit_train=10_000, limit_test=10_000).splits == whole.splits
 
 
+def test_balanced_limits_keep_the_first_of_each_class(tmp_path):
+    whole = make(tmp_path)
+    part = make(tmp_path, limit_train=8, limit_val=4, limit_test=8, balanced=True)
+    for split, each in (("train", 2), ("val", 1), ("test", 2)):
+        labels = whole.images(split).labels
+        first = sorted(row for label in range(4) for row in (labels == label).nonzero().flatten()[:each].tolist())
+        assert torch.equal(pixels(part.images(split)), pixels(whole.images(split))[first])
+        assert part.images(split).labels.bincount().tolist() == [each] * 4
+    with pytest.raises(
+        SettingError,
+        match=r"limit_test=12 .*3 of class 3, which has 2 images: set data\.limit_test=8 or less, or data\.balanced=false",
+    ):
+        make(tmp_path, limit_test=12, balanced=True)
+    with pytest.raises(SettingError, match=r"data\.balanced=true.*set data\.limit_train"):
+        make(tmp_path, balanced=True)
+
+
 def test_a_fraction_for_validation(tmp_path):
     assert make(tmp_path, val_size=0.25).splits["val"] == 10
 
@@ -250,6 +267,10 @@ def test_images_may_stay_where_they_are(tmp_path):
     data = make(tmp_path, on_device=False)
     data.trainer = _Elsewhere()
     assert next(iter(data.train_dataloader())).x.device.type == "cpu"
+    next(iter(data.val_dataloader()))
+    train, val = (data.images(split).images for split in ("train", "val"))
+    assert train.data_ptr() == val.data_ptr(), "of an archive nothing is copied, not even to set images aside"
+    assert train.stride(1) == 1, "as it lies in the file"
 
 
 def test_a_plain_data_module_keeps_its_images(tmp_path):

@@ -105,10 +105,10 @@ def first_of_each(labels: Tensor, count: int, num_classes: int, setting: str) ->
     short = (sizes < quotas).nonzero().flatten()
     if len(short):
         most = int(sizes.min()) * num_classes
-        remedy = f"set {setting}={most} or less" if most else "give it images"
+        remedy = f"set {setting}={most} or less" if most else "add some"
         raise SettingError(
-            f"{setting}={count} with data.balanced=true takes {int(quotas[short[0]])} images of class {int(short[0])}, "
-            f"which has {int(sizes[short[0]])}: {remedy}, or data.balanced=false"
+            f"{setting}={count} with data.balanced=true takes {int(quotas[short[0]])} of class {int(short[0])}, "
+            f"which has {int(sizes[short[0]])} images: {remedy}, or data.balanced=false"
         )
     return (_ranks(labels)[1] < quotas[labels]).nonzero().flatten()
 
