@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from wdat import ThreatModel
+from wdat import ThreatModel, models
 from wdat.attacks import ATTACKS, Attack
 from wdat.console import PlainConsole, evaluation_table, quiet_libraries, readable_errors
 from wdat.errors import SettingError, unknown
@@ -92,6 +92,7 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
 def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     """The data, read and split, and the network."""
     data = instantiate(cfg.data)
+    data.suit(models.preprocessing(cfg.model))
     data.prepare_data()
     data.setup()
     return data, instantiate(cfg.model)

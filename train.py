@@ -64,6 +64,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     logger = instantiate(cfg.logger)  # first, because it may want a login
     threat = instantiate(cfg.threat)
     data = instantiate(cfg.data)
+    data.suit(models.preprocessing(cfg.model))
     objective: Objective = instantiate(cfg.objective)
     attack = instantiate(cfg.attack)
     with one_at_a_time():

@@ -1,6 +1,5 @@
 """The data module: splits, settings, and what a real fit sees."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,30 +7,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from witness import fit
 
-from wdat.data import ImageDataModule, digits
+from wdat.data import ImageDataModule, ImageSet, digits
 from wdat.errors import SettingError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-
-@pytest.fixture(autouse=True)
-def quiet_lightning():
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore",
-            message=".*(GPU available|callbacks used to create).*",
-        )
-        yield
 
 
 def numbered(folder: Path, n: int = 40, n_test: int = 11, classes: int = 4) -> Path:
@@ -54,6 +36,11 @@ def make(folder: Path, **settings) -> ImageDataModule:
     data.prepare_data()
     data.setup()
     return data
+
+
+def pixels(images: ImageSet) -> torch.Tensor:
+    """The images of a split, in its order."""
+    return images.images if images.rows is None else images.images[images.rows]
 
 
 def numbers(loader) -> list[int]:
@@ -83,9 +70,24 @@ def test_limits_keep_the_first_and_never_move_the_split(tmp_path):
     whole, part = make(tmp_path), make(tmp_path, limit_train=16, limit_val=3, limit_test=5)
     assert part.splits == {"train": 16, "val": 3, "test": 5}
     for split in ("train", "val", "test"):
-        kept = part.images(split).images
-        assert torch.equal(kept, whole.images(split).images[: len(kept)])
+        kept = pixels(part.images(split))
+        assert torch.equal(kept, pixels(whole.images(split))[: len(kept)])
+        assert len(kept) == part.splits[split]
     assert make(tmp_path, limit_train=10_000, limit_test=10_000).splits == whole.splits
+
+
+def test_balanced_limits_keep_the_first_of_each_class(tmp_path):
+    whole = make(tmp_path)
+    part = make(tmp_path, limit_train=8, limit_val=4, limit_test=8, balanced=True)
+    for split, each in (("train", 2), ("val", 1), ("test", 2)):
+        labels = whole.images(split).labels
+        first = sorted(row for label in range(4) for row in (labels == label).nonzero().flatten()[:each].tolist())
+        assert torch.equal(pixels(part.images(split)), pixels(whole.images(split))[first])
+        assert part.images(split).labels.bincount().tolist() == [each] * 4
+    with pytest.raises(SettingError, match=r"limit_test=12 .*3 of class 3, which has 2 images: set data\.limit_test=8"):
+        make(tmp_path, limit_test=12, balanced=True)
+    with pytest.raises(SettingError, match=r"data\.balanced=true.*set data\.limit_train"):
+        make(tmp_path, balanced=True)
 
 
 def test_a_fraction_for_validation(tmp_path):
@@ -104,7 +106,7 @@ def test_batches_hold_the_rows_they_name(tmp_path):
     data = make(tmp_path)
     for split, loader in zip(("train", "val", "test"), loaders(data), strict=True):
         for batch in loader():
-            assert torch.equal(batch.x, data.images(split).images[batch.index].float() / 255)
+            assert torch.equal(batch.x, pixels(data.images(split))[batch.index].float() / 255)
             assert torch.equal(batch.y, data.images(split).labels[batch.index])
 
 
@@ -171,33 +173,6 @@ def test_passes_over_training_rows(tmp_path):
             shared[batch.place] = batch.x
     assert torch.equal(shared, x)
     assert list(data.train_batches(index[:0], 0)) == []
-
-
-class Witness(LightningModule):
-    """Learns next to nothing and remembers every training batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3 * 6 * 6, 4)
-        self.seen = []
-        self.validated = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((batch.step, batch.index.tolist(), batch.x.clone()))
-        return torch.nn.functional.cross_entropy(self.layer(batch.x.flatten(1)), batch.y)
-
-    def validation_step(self, batch, batch_idx):
-        self.validated += batch.index.tolist()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(data, folder, epochs=2, checkpoint=None, **options):
-    witness = Witness()
-    trainer = Trainer(max_epochs=epochs, default_root_dir=folder, log_every_n_steps=1, **{**QUIET, **options})
-    trainer.fit(witness, datamodule=data, ckpt_path=checkpoint)
-    return witness
 
 
 @pytest.mark.parametrize("use_distributed_sampler", [True, False])
@@ -289,6 +264,10 @@ def test_images_may_stay_where_they_are(tmp_path):
     data = make(tmp_path, on_device=False)
     data.trainer = _Elsewhere()
     assert next(iter(data.train_dataloader())).x.device.type == "cpu"
+    next(iter(data.val_dataloader()))
+    train, val = (data.images(split).images for split in ("train", "val"))
+    assert train.data_ptr() == val.data_ptr(), "of an archive nothing is copied, not even to set images aside"
+    assert train.stride(1) == 1, "as it lies in the file"
 
 
 def test_a_plain_data_module_keeps_its_images(tmp_path):

@@ -69,6 +69,18 @@ def test_what_cannot_be_mapped_is_left_out(tmp_path):
     assert mapped(tmp_path / "odd.npz", ["empty", "objects"]) == {}
 
 
+def test_records_of_several_fields_and_long_headers(tmp_path):
+    fields = np.zeros(3, [("a", "u1"), ("b", "f4")])
+    version_2 = tmp_path / "plain.npy"
+    with version_2.open("wb") as file:
+        np.lib.format.write_array(file, np.arange(6).reshape(2, 3), version=(2, 0))
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        archive.write(version_2, "plain.npy")
+    np.savez(tmp_path / "fields.npz", fields=fields)
+    assert mapped(tmp_path / "fields.npz", ["fields"]) == {}
+    assert mapped(tmp_path / "odd.npz", ["plain"])["plain"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_damage_is_an_error(tmp_path):
     path = tmp_path / "pool.npz"
     np.savez(path, image=np.zeros((4, 8, 8, 3), np.uint8))
@@ -79,9 +91,18 @@ def test_damage_is_an_error(tmp_path):
     path.write_bytes(content.replace(b"(4, 8, 8, 3)", b"(9, 8, 8, 3)"))
     with pytest.raises(ValueError, match=r"image\.npy has 768 bytes for an array of 1728"):
         mapped(path, ["image"])
-    path.write_bytes(content.replace(b"\x93NUMPY", b"\x93NUMPX"))
-    with pytest.raises(ValueError, match="magic"):
-        mapped(path, ["image"])
+    for old, new, fault in (
+        (b"\x93NUMPY", b"\x93NUMPX", "no array: the magic"),
+        (b"'shape'", b"'shpae'", "damaged header"),
+        (b"{'descr'", b"['descr'", "damaged header"),
+        (b"(4, 8, 8, 3)", b"(-4, 8, 8,3)", "damaged header"),
+        (b"'|u1'", b"'|q9'", "damaged header"),
+        (b"\x93NUMPY\x01\x00\x76\x00", b"\x93NUMPY\x01\x00\xff\xff", "damaged header .65535 bytes long"),
+    ):
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(ValueError, match=f"image\\.npy (is|has a) {fault}"):
+            mapped(path, ["image"])
     with pytest.raises(FileNotFoundError):
         mapped(tmp_path / "none.npz", ["image"])
 

@@ -250,12 +250,13 @@ def mixed(folder, **settings):
 
 def test_batches_hold_the_rows_they_name(tmp_path):
     data, held = mixed(tmp_path), arrays()
-    own = data.images("train")
+    own = data.images("train").originals
+    pixels = own.pixels(torch.arange(32), None)
     for batch in data.train_dataloader():
         assert batch.synthetic.tolist() == (batch.index >= data.n_train).tolist()
         assert int(batch.synthetic.sum()) == 5
         for x, y, row in zip(batch.x, batch.y.tolist(), batch.index.tolist(), strict=True):
-            image = own.images[row] if row < 32 else torch.from_numpy(held["image"][row - 32]).permute(2, 0, 1)
+            image = pixels[row] if row < 32 else torch.from_numpy(held["image"][row - 32]).permute(2, 0, 1)
             assert torch.equal(x, image.float() / 255)
             assert y == (own.labels[row] if row < 32 else held["label"][row - 32])
 
@@ -277,7 +278,7 @@ def test_passes_reach_the_pool(tmp_path):
     assert torch.cat([b.index for b in batches]).tolist() == index.tolist()
     x = torch.cat([b.x for b in batches])
     assert torch.equal(x[0], torch.from_numpy(held["image"][299]).permute(2, 0, 1).float() / 255)
-    assert torch.equal(x[1], data.images("train").images[0].float() / 255)
+    assert torch.equal(x[1], data.images("train").originals.pixels(torch.tensor([0]), None)[0].float() / 255)
     assert torch.cat([b.synthetic for b in batches]).tolist() == [True, False, True, False, True]
 
 
@@ -319,7 +320,7 @@ def test_rows_of_the_pool_are_copied_to_the_originals(tmp_path):
     data.trainer = _Elsewhere()
     images = data._placed("train")
     assert images.pool is data.pool
-    assert images.images.device.type == "meta"
+    assert images.originals.images.device.type == "meta"
 
 
 def test_a_stopped_epoch_goes_on_with_the_same_rows():

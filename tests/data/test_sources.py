@@ -8,10 +8,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from wdat.data import SOURCES, cifar10, cifar100, digits, npz
+from wdat.data import SOURCES, ImageDataModule, cifar10, cifar100, digits, npz
 from wdat.errors import SettingError
 
 
@@ -44,6 +45,30 @@ def test_npz_round_trip(tmp_path, channels):
     for name in ("y_train", "y_test"):
         assert getattr(read, name).dtype == torch.int64
         assert np.array_equal(getattr(read, name).numpy(), written[name])
+
+
+def test_npz_without_compression_stays_on_the_disk(tmp_path):
+    written = arrays()
+    np.savez(tmp_path / "plain.npz", **written)
+    read = npz(tmp_path / "plain.npz")
+    assert np.array_equal(read.x_train.permute(0, 2, 3, 1).numpy(), written["x_train"])
+    place = (tmp_path / "plain.npz").read_bytes().index(written["x_train"].tobytes())
+    with (tmp_path / "plain.npz").open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([7, 8, 9]))
+    assert read.x_train[0, :, 0, 0].tolist() == [7, 8, 9], "the tensor is the file"
+
+
+def test_npz_of_both_kinds_gives_the_same_batches(tmp_path):
+    np.savez(tmp_path / "plain.npz", **arrays())
+    plain, packed = (ImageDataModule("npz", 3, path=p, val_size=2) for p in (tmp_path / "plain.npz", save(tmp_path)))
+    for data in (plain, packed):
+        data.setup()
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        (a,), (b,) = getattr(plain, loader)(), getattr(packed, loader)()
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.y, b.y)
+        assert a.x.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +125,17 @@ def test_npz_damaged(tmp_path, damage):
     path = save(tmp_path)
     damage(path)
     with pytest.raises(SettingError, match=r"data\.path=.*; write it with numpy\.savez"):
+        npz(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"(6, 5, 5, 3)", b"(9, 5, 5, 3)"), (b"\x93NUMPY", b"\x93NUMPX"), (b"'|u1'", b"'<f8'")]
+)
+def test_npz_whose_headers_are_damaged(tmp_path, old, new):
+    path = tmp_path / "plain.npz"
+    np.savez(path, **arrays())
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(SettingError, match=r"data\.path=.* is damaged \(.*; write it with numpy\.savez"):
         npz(path)
 
 
@@ -228,5 +264,7 @@ def test_registry_gives_each_source_its_settings(tmp_path, monkeypatch):
     imitate(CIFAR10, tmp_path, monkeypatch)
     imitate(CIFAR100, tmp_path, monkeypatch)
     path = save(tmp_path)
+    (tmp_path / "val" / "class").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "class" / "0.png")
     sizes = {name: len(source(tmp_path, path, False).y_test) for name, source in SOURCES.items()}
-    assert sizes == {"cifar10": 3, "cifar100": 3, "npz": 4, "digits": 360}
+    assert sizes == {"cifar10": 3, "cifar100": 3, "imagenet": 1, "npz": 4, "digits": 360}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from email.message import Message
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wdat import models
 from wdat.errors import SettingError
 from wdat.models import LOCAL, build, load_network, zoo
 
@@ -322,3 +324,36 @@ def test_swish_is_pytorchs_own(images: Tensor) -> None:
 
 def test_local_names_do_not_hide_zoo_names() -> None:
     assert not set(LOCAL) & (set(zoo.ALIASES) | set(zoo.names()))
+
+
+def test_imagenets_networks_say_how_images_are_cut() -> None:
+    named = {
+        (name, threat): models.preprocessing({"name": name, "dataset": "imagenet", "threat_model": threat})
+        for threat in ("Linf", "corruptions")
+        for name in zoo.names("imagenet", threat)
+    }
+    assert named["Wong2020Fast", "Linf"] == "Crop288"
+    assert named["Salman2020Do_R18", "Linf"] == named["Hendrycks2020AugMix", "corruptions"] == "Res256Crop224"
+    assert named["Mo2022When_Swin-B", "Linf"] == "Res224"
+    assert named["Liu2023Comprehensive_Swin-L", "Linf"] == "BicubicRes256Crop224"
+    assert named["Debenedetti2022Light_XCiT-S12", "Linf"] == "BicubicRes224Crop224"  # timm's settings, here and below
+    assert named["Tian2022Deeper_DeiT-B", "corruptions"] == "BicubicRes248Crop224"
+    assert named["AlexNet", "corruptions"] == "Res224Crop224"
+    assert all(name and re.fullmatch(r"(Bicubic)?(Res\d+)?(Crop\d+)?", name) for name in named.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "small_cnn"},
+        {"name": "small_cnn", "dataset": "imagenet"},
+        {"name": "Rebuffi2021", "dataset": "cifar10"},
+    ],
+)
+def test_other_networks_want_nothing_special(settings: dict[str, Any]) -> None:
+    assert models.preprocessing(settings) is None
+
+
+def test_an_unknown_network_of_imagenet() -> None:
+    with pytest.raises(SettingError, match=r"Salman2020Do_R17.*did you mean Salman2020Do_R18"):
+        models.preprocessing({"name": "Salman2020Do_R17", "dataset": "imagenet"})

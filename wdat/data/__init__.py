@@ -1,22 +1,29 @@
 """Data: where images come from, how they are split, and which make up which batch."""
 
 from wdat.data.augment import Augment, Draws, crop_and_flip
-from wdat.data.images import ImageSet
+from wdat.data.cuts import Cut, RandomCut
+from wdat.data.files import Files, FileSet
+from wdat.data.images import ImageSet, LabelledImages
 from wdat.data.loading import PlannedLoader, ResumableLoader
 from wdat.data.module import ImageDataModule
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan
-from wdat.data.sources import SOURCES, cifar10, cifar100, digits, npz
+from wdat.data.sources import SOURCES, cifar10, cifar100, digits, imagenet, npz
 from wdat.data.splits import Splits, hold_out
 
 __all__ = [
     "SOURCES",
     "Augment",
     "BatchPlan",
+    "Cut",
     "Draws",
+    "FileSet",
+    "Files",
     "ImageDataModule",
     "ImageSet",
+    "LabelledImages",
     "PlannedLoader",
+    "RandomCut",
     "ResumableLoader",
     "ShardPlan",
     "Splits",
@@ -28,5 +35,6 @@ __all__ = [
     "crop_and_flip",
     "digits",
     "hold_out",
+    "imagenet",
     "npz",
 ]

@@ -1,6 +1,9 @@
-"""Images in memory, and beside them perhaps a pool of synthetic ones, read a batch at a time."""
+"""Labelled images, read a batch at a time."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,20 +12,105 @@ from torch.utils.data import Dataset
 from wdat import seeding
 from wdat.batch import Batch
 from wdat.data.augment import Augment, Draws
-from wdat.data.pool import SyntheticPool
 from wdat.data.sampling import BatchPlan
 
 
-class ImageSet(Dataset[Batch]):
+class Choices(Protocol):
+    """Random choices for the images of a global batch."""
+
+    def at(self, place: Tensor) -> Any:
+        """The choices for the images at `place` (B,), int64."""
+        ...
+
+
+class Augmentation(Protocol):
+    """What draws them."""
+
+    def draw(self, size: int, generator: torch.Generator) -> Choices:
+        """Draws for `size` images, on the CPU."""
+        ...
+
+
+class LabelledImages(Dataset[Batch], ABC):
     """One split. An item is a whole batch, chosen by a `BatchPlan`.
 
     Args:
-        images: (N, C, H, W), uint8, on any device.
+        labels: (N,), int64, on the device of the images.
+        augment: The augmentation, or None to read images as they are.
+        seed: The seed of the run.
+    """
+
+    def __init__(self, labels: Tensor, augment: Augmentation | None, seed: int) -> None:
+        self.labels = labels
+        self.augment = augment
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+
+    @abstractmethod
+    def pixels(self, index: Tensor, draws: Any) -> Tensor:
+        """Images as uint8.
+
+        Args:
+            index: (B,), int64: rows of the split, on the device of the labels.
+            draws: The choices for these images, or None to read them as they are.
+
+        Returns:
+            (B, C, H, W), contiguous.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device) -> LabelledImages:
+        """The same images kept in the memory of a device, where they are kept in memory at all."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        """The planned batch, augmented as a function of the seed, the step and the place."""
+        return self.read(plan, self.draw(plan.size, "augment", plan.step))
+
+    def draw(self, size: int, purpose: str, step: int) -> Choices | None:
+        """The choices for a global batch of `size` images; None where nothing is augmented."""
+        return None if self.augment is None else self.augment.draw(size, seeding.generator(self.seed, purpose, step))
+
+    def read(self, plan: BatchPlan, draws: Choices | None = None) -> Batch:
+        """The planned batch, as float32 in [0, 1].
+
+        Args:
+            plan: Rows and places.
+            draws: The choices for the whole global batch, of which those at `plan.place` are used; None for none.
+        """
+        device = self.labels.device
+        index, place = plan.index.to(device), plan.place.to(device)
+        x, y = self.rows_of(index, None if draws is None else draws.at(plan.place))
+        return Batch(x.to(torch.float32) / 255, y, index, place, plan.size, plan.step, self.synthetic(index))
+
+    def rows_of(self, index: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
+        """Images as `pixels` gives them, and their labels (B,)."""
+        return self.pixels(index, draws), self.labels[index]
+
+    def synthetic(self, index: Tensor) -> Tensor | None:
+        """Which rows (B,) are synthetic images, (B,) bool; None where there are none."""
+        return None
+
+
+class ImageSet(LabelledImages):
+    """Images in a tensor, in memory or mapped from a file.
+
+    Args:
+        images: (M, C, H, W), uint8, on any device.
         labels: (N,), int64, on the same device.
         augment: The augmentation, or None to read images as they are.
         seed: The seed of the run.
-        pool: Synthetic images, which the rows from N on stand for; read from their file batch by batch.
+        rows: (N,), int64: where the images of this split stand in `images`; None where these are the split.
     """
+
+    augment: Augment | None
 
     def __init__(
         self,
@@ -30,55 +118,24 @@ class ImageSet(Dataset[Batch]):
         labels: Tensor,
         augment: Augment | None = None,
         seed: int = 0,
-        pool: SyntheticPool | None = None,
+        rows: Tensor | None = None,
     ) -> None:
+        super().__init__(labels, augment, seed)
         self.images = images
-        self.labels = labels
-        self.augment = augment
-        self.seed = seed
-        self.pool = pool
+        self.rows = rows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same images on a device; itself where they are there."""
-        if self.images.device == device:
+        """The images of this split alone on a device; itself where that is so."""
+        if self.rows is None and self.images.device == device:
             return self
-        return ImageSet(self.images.to(device), self.labels.to(device), self.augment, self.seed, self.pool)
+        images = self.images if self.rows is None else self.images[self.rows]
+        return ImageSet(images.contiguous().to(device), self.labels.to(device), self.augment, self.seed)
 
-    def __len__(self) -> int:
-        """Number of images, without the pool's."""
-        return len(self.images)
-
-    def __getitem__(self, plan: BatchPlan) -> Batch:
-        """The planned batch, augmented as a function of the seed, the step and the place."""
-        if self.augment is None:
-            return self.read(plan)
-        return self.read(plan, self.augment.draw(plan.size, seeding.generator(self.seed, "augment", plan.step)))
-
-    def read(self, plan: BatchPlan, draws: Draws | None = None) -> Batch:
-        """The planned batch, as float32 in [0, 1].
-
-        Args:
-            plan: Rows and places.
-            draws: The choices for the whole global batch, of which those at `plan.place` are used; None for none.
-        """
-        device = self.images.device
-        synthetic = None if self.pool is None else plan.index >= len(self)
-        x, y = self._rows(plan.index, synthetic)
-        if self.augment is not None and draws is not None:
-            x = self.augment(x, draws.at(plan.place))
-        index, place = plan.index.to(device), plan.place.to(device)
-        synthetic = None if synthetic is None else synthetic.to(device)
-        return Batch(x.to(torch.float32) / 255, y, index, place, plan.size, plan.step, synthetic)
-
-    def _rows(self, index: Tensor, synthetic: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images and labels, on the device; those of the pool are copied there."""
-        device = self.images.device
-        if self.pool is None or synthetic is None:
-            index = index.to(device)
-            return self.images[index], self.labels[index]
-        own, drawn = index[~synthetic].to(device), index[synthetic] - len(self)
-        images, labels = self.pool.read(drawn)
-        x = torch.cat([self.images[own], images.to(device)])
-        y = torch.cat([self.labels[own], labels.to(device)])
-        order = synthetic.to(torch.uint8).argsort(stable=True).argsort().to(device)  # originals first, and back
-        return x[order], y[order]
+    def pixels(self, index: Tensor, draws: Draws | None) -> Tensor:
+        x = self.images[index if self.rows is None else self.rows[index]].contiguous()
+        return x if self.augment is None or draws is None else self.augment(x, draws)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import struct
 import warnings
@@ -15,13 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; ends with the lengths of its name and of its extra field
 _ENCRYPTED = 1
-_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MAGIC = b"\x93NUMPY"
+_LENGTHS = {(1, 0): struct.Struct("<H"), (2, 0): struct.Struct("<I")}  # of an array's header, by version
+_LONGEST = 10_000  # bytes of a header, as in NumPy: what is longer isn't parsed
 
 
 def mapped(path: str | Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:
@@ -67,13 +69,39 @@ def _map(path: str | Path, stream: BinaryIO, member: zipfile.ZipInfo) -> NDArray
         raise ValueError(f"{member.filename} begins behind the end of the file")
     start = member.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
     stream.seek(start)
-    read = _READERS.get(npy.read_magic(stream))
-    if read is None:
+    described = _array_header(stream, member.filename)
+    if described is None:
         return None
-    shape, fortran, dtype = read(stream)
+    shape, fortran, dtype = described
     offset, size = stream.tell(), math.prod(shape) * dtype.itemsize
     if dtype.hasobject or size == 0:
         return None
     if offset + size != start + member.file_size:
         raise ValueError(f"{member.filename} has {start + member.file_size - offset} bytes for an array of {size}")
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def _array_header(stream: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    """Shape, Fortran order and type of the array that begins here; None for kinds that aren't mapped.
+
+    The header is a literal, and is read as one: NumPy's own reader belongs to a module that can also unpickle.
+    """
+    magic = stream.read(len(_MAGIC) + 2)
+    if len(magic) < len(_MAGIC) + 2 or not magic.startswith(_MAGIC):
+        raise ValueError(f"{name} is no array: the magic bytes are missing")
+    length = _LENGTHS.get((magic[-2], magic[-1]))
+    if length is None:
+        return None
+    try:
+        (size,) = length.unpack(stream.read(length.size))
+        if size > _LONGEST:
+            raise ValueError(f"{size} bytes long")
+        header = ast.literal_eval(stream.read(size).decode("latin1"))
+        shape, kind = tuple(map(int, header["shape"])), header["descr"]
+        if not isinstance(kind, str):
+            return None  # records of several fields
+        if any(side < 0 for side in shape):
+            raise ValueError(f"shape {shape}")
+        return shape, bool(header["fortran_order"]), np.dtype(kind)
+    except (ValueError, TypeError, KeyError, SyntaxError, struct.error, MemoryError, RecursionError) as error:
+        raise ValueError(f"{name} has a damaged header ({error})") from error

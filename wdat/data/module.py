@@ -7,43 +7,51 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, arange
 
 from wdat import seeding
 from wdat.batch import Batch
 from wdat.data.augment import Augment
-from wdat.data.images import ImageSet
-from wdat.data.loading import PlannedLoader, ResumableLoader
+from wdat.data.cuts import Cut, RandomCut
+from wdat.data.files import Files, FileSet
+from wdat.data.images import ImageSet, LabelledImages
+from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
+from wdat.data.mixed import MixedSet
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_places
 from wdat.data.sources import SOURCES, fetch
-from wdat.data.splits import check_labels, hold_out
+from wdat.data.splits import check_labels, first_of_each, hold_out
 from wdat.errors import SettingError, unknown
 
 
 class ImageDataModule(LightningDataModule):
-    """Training, validation and test images, all in memory, and perhaps synthetic images to train on besides.
+    """Training, validation and test images, in memory or read from files, perhaps with synthetic ones to train on.
 
     Validation images are set aside from the training set, by class; the test set is never touched. Only training
     images are augmented. What is drawn depends on the seed, the step and the place in the global batch, never on the
-    number of processes.
+    number of processes or workers.
 
     Args:
         source: A name in `SOURCES`.
         num_classes: Number of classes.
-        root: The folder for downloaded sources.
+        root: The folder for downloaded sources, and of `source="imagenet"`.
         path: The file for `source="npz"`.
         download: Whether missing files may be downloaded.
         batch_size: Images in a training step, over all processes.
         eval_batch_size: The most images one process evaluates at once.
         val_size: Number of validation images, or, below 1, their fraction of the training set.
         on_device: Whether the images are kept, as uint8, on the device that trains; on a GPU a step then waits for
-            no copy. False where they don't fit beside the network.
-        crop: Pixels by which training images are moved at random; 0 for none.
+            no copy. False where they don't fit beside the network; those of an uncompressed archive then stay on the
+            disk. Images in files always do.
+        crop: Pixels by which training images are moved at random; 0 for none. For images of one size.
         flip: Whether training images are flipped left to right at random.
+        preprocessing: How images in files are cut to one size, such as `Res256Crop224`; None for what `suit` is told.
+        min_area: The smallest share of an image in a file that a random training crop covers; 1 for no random crop.
+        workers: Processes that read images in files, for each training process; 0 reads in that process.
         limit_train: Keeps the first N training images, after validation images are set aside; None for all.
         limit_val: The same for validation.
         limit_test: The same for the test set, in the order of the source.
+        balanced: Whether the limits keep the same number of images of each class, the first ones.
         synthetic: A pool of further training images: the fields of `Synthetic`; None, or without a path, for none.
         seed: The seed of the run: the split, the order and the augmentation.
 
@@ -67,9 +75,13 @@ class ImageDataModule(LightningDataModule):
         on_device: bool = True,
         crop: int = 4,
         flip: bool = True,
+        preprocessing: str | None = None,
+        min_area: float = 0.08,
+        workers: int = 0,
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
+        balanced: bool = False,
         synthetic: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -86,12 +98,22 @@ class ImageDataModule(LightningDataModule):
         self.val_size = val_size if 0 < val_size < 1 else _val_count(val_size)
         self.on_device = on_device
         self.augment = Augment(_count("crop", crop, 0), flip)
+        self.preprocessing = preprocessing
+        self.min_area = min_area
+        if not 0 < min_area <= 1:
+            raise SettingError(
+                f"data.min_area={min_area}: set data.min_area to a share above 0, or 1 for no random crop"
+            )
+        self.workers = _count("workers", workers, 0)
         limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
+        self.balanced = balanced
+        if balanced and not any(self.limits.values()):
+            raise SettingError("data.balanced=true chooses what a limit keeps: set data.limit_train, _val or _test too")
         self.seed = _count("seed", seed, 0)
         self.synthetic = Synthetic(**synthetic or {})
         self.pool: SyntheticPool | None = None
-        self._sets: dict[str, ImageSet] = {}
+        self._sets: dict[str, LabelledImages] = {}
         self._share = (0, 1)
 
     def share(self, rank: int, world: int) -> None:
@@ -103,12 +125,22 @@ class ImageDataModule(LightningDataModule):
         """
         self._share = (rank, world)
 
+    def suit(self, preprocessing: str | None) -> None:
+        """Cut images in files as a network wants them, unless `data.preprocessing` says how; before `setup`.
+
+        Args:
+            preprocessing: As `wdat.models.preprocessing` gives it; None for a network that wants nothing special.
+        """
+        self.preprocessing = self.preprocessing or preprocessing
+
     def prepare_data(self) -> None:
         """Downloads what is missing; Lightning calls this on one process of each machine."""
         fetch(self.source, self.root, self.download)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and splits the images, once for all stages.
+
+        A source without training images has a test set alone.
 
         Raises:
             SettingError: The source or the pool can't be read, their labels aren't classes, validation leaves nothing
@@ -118,25 +150,21 @@ class ImageDataModule(LightningDataModule):
             return
         data = SOURCES[self.source](self.root, self.path, False)
         check_labels(data, self.num_classes)
-        count = self._val_images(len(data.y_train))
-        kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
-        kept, held = kept[: self.limits["train"]], held[: self.limits["val"]]
-        first = slice(self.limits["test"])
-        if self.synthetic.path is not None:
-            synthetic_places(min(self.batch_size, len(kept)), self.synthetic.fraction)
-            channels, height, width = data.x_train.shape[1:]
-            self.pool = SyntheticPool(self.synthetic.path, (channels, height, width), self.num_classes)
-        self._sets = {
-            "train": ImageSet(data.x_train[kept], data.y_train[kept], self.augment, self.seed, self.pool),
-            "val": ImageSet(data.x_train[held], data.y_train[held]),
-            "test": ImageSet(data.x_test[first], data.y_test[first]),
-        }
+        sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test")}
+        if len(data.y_train):
+            count = self._val_images(len(data.y_train))
+            kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
+            for split, rows in (("train", kept), ("val", held)):
+                sets[split] = self._set(data.x_train, data.y_train, rows, split)
+            if self.synthetic.path is not None:
+                sets["train"] = self._mixed(sets["train"], self.synthetic.path)
+        self._sets = sets
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches of `batch_size` over all processes."""
         images, drawn = self._placed("train"), len(self.pool) if self.pool else 0
         plan = TrainPlan(len(images), self.batch_size, self.seed, *self._process(), drawn, self.synthetic.fraction)
-        return ResumableLoader(images, plan)
+        return ResumableLoader(images, plan, self._workers(images))
 
     def val_dataloader(self) -> PlannedLoader:
         """Every validation image once, as it is."""
@@ -163,19 +191,25 @@ class ImageDataModule(LightningDataModule):
             Batches of at most `eval_batch_size` images.
         """
         images, index = self._placed("train"), index.cpu()
-        draws = self.augment.draw(len(index), seeding.generator(self.seed, "pass", step))
-        for shard in ShardPlan(len(index), self.eval_batch_size, rank, world):
-            place = shard.index
-            yield images.read(BatchPlan(index[place], place, len(index), step, 0), draws)
+        shards = [shard.index for shard in ShardPlan(len(index), self.eval_batch_size, rank, world)]
+        plans = [BatchPlan(index[place], place, len(index), step, 0) for place in shards]
+        workers = min(self._workers(images), len(plans))
+        yield from PlannedLoader(Pass(images, images.draw(len(index), "pass", step)), plans, workers)
 
-    def images(self, split: str) -> ImageSet:
+    def images(self, split: str) -> LabelledImages:
         """The images of `train`, `val` or `test`.
 
         Raises:
             RuntimeError: Before `setup`.
+            SettingError: The source has no training images, from which `train` and `val` are taken.
         """
         if not self._sets:
             raise RuntimeError("no images yet: call prepare_data() and setup() first")
+        if split not in self._sets:
+            raise SettingError(
+                f"data.root={self.root} has no training images (train/), from which those of split={split} are taken: "
+                "add them, or evaluate with split=test"
+            )
         return self._sets[split]
 
     @property
@@ -198,15 +232,47 @@ class ImageDataModule(LightningDataModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        channels, height, width = self.images("train").images.shape[1:]
-        return channels, height, width
+        return self.images("test").shape
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the data in records: the source, with the file's for `npz`, and the share of a pool."""
-        name = self.source if self.path is None or self.source != "npz" else f"npz:{Path(self.path).stem}"
-        pool = self.synthetic
+        """The name of the data in records: the source, what of it, and the share of a pool.
+
+        What of it is the file of `npz` and the cut of `imagenet`.
+        """
+        about = {"npz": self.path and Path(self.path).stem, "imagenet": self.preprocessing}.get(self.source)
+        name, pool = f"{self.source}:{about}" if about else self.source, self.synthetic
         return name if pool.path is None else f"{name} with {pool.fraction:g} of {Path(pool.path).stem}"
+
+    def _mixed(self, images: LabelledImages, path: str | Path) -> MixedSet:
+        """Training images beside the pool."""
+        if not isinstance(images, ImageSet):
+            raise SettingError(
+                f"data.synthetic.path={path}: a pool mixes with images of one size that fit in memory or lie in an npz "
+                f"file, not with data={self.source}; set data.synthetic.path=null"
+            )
+        synthetic_places(min(self.batch_size, len(images)), self.synthetic.fraction)
+        self.pool = SyntheticPool(path, images.shape, self.num_classes)
+        return MixedSet(images, self.pool)
+
+    def _set(self, images: Tensor | Files, labels: Tensor, rows: Tensor, split: str) -> LabelledImages:
+        """The split that keeps these rows, as far as its limit allows."""
+        limit, train = self.limits[split], split == "train"
+        if limit is not None and self.balanced:
+            rows = rows[first_of_each(labels[rows], limit, self.num_classes, f"data.limit_{split}")]
+        rows = rows[:limit]
+        if not isinstance(images, Files):
+            return ImageSet(images, labels[rows], self.augment if train else None, self.seed, rows)
+        if self.augment.padding:
+            raise SettingError(f"data.crop={self.augment.padding} is for images of one size: set data.min_area instead")
+        if self.preprocessing is None:
+            raise SettingError(
+                f"data={self.source} has images of many sizes, and this network doesn't say how it wants them cut: set "
+                "data.preprocessing=Res256Crop224 (shorter side to 256, central 224×224) or the like"
+            )
+        cut = Cut.named(self.preprocessing)
+        augment = RandomCut(cut, self.min_area, self.augment.flip) if train else None
+        return FileSet(images[rows], labels[rows], cut, augment, self.seed)
 
     def _val_images(self, n: int) -> int:
         count = round(self.val_size * n) if self.val_size < 1 else int(self.val_size)
@@ -217,9 +283,14 @@ class ImageDataModule(LightningDataModule):
 
     def _evaluation(self, split: str) -> PlannedLoader:
         images = self._placed(split)
-        return PlannedLoader(images, ShardPlan(len(images), self.eval_batch_size, *self._process()))
+        plan = ShardPlan(len(images), self.eval_batch_size, *self._process())
+        return PlannedLoader(images, plan, self._workers(images))
 
-    def _placed(self, split: str) -> ImageSet:
+    def _workers(self, images: LabelledImages) -> int:
+        """Reading from memory needs no processes."""
+        return self.workers if isinstance(images, FileSet) else 0
+
+    def _placed(self, split: str) -> LabelledImages:
         """The images of a split, moved once to the device of the run."""
         images = self.images(split)
         if self.on_device and self.trainer:

@@ -1,19 +1,22 @@
 """Images of one's own, from a NumPy archive.
 
 The archive holds `x_train, y_train, x_test, y_test`: uint8 images N×H×W×C with one or three channels, and integer
-labels. Nothing in it is unpickled.
+labels. Nothing in it is unpickled. Images written by `numpy.savez` are mapped: they stay on the disk until they are
+read, and may be larger than memory. Those written by `numpy.savez_compressed` are read whole.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wdat.data.mapped import mapped, view
 from wdat.data.splits import Splits
 from wdat.errors import SettingError
 
@@ -42,7 +45,7 @@ def npz(path: str | Path | None) -> Splits:
     return Splits(parts[0], labels[0], parts[1], labels[1])
 
 
-def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
+def _arrays(file: Path) -> dict[str, NDArray[Any]]:
     if not os.path.isfile(file):
         raise SettingError(f"data.path={file}: no such file (looked for {file.absolute()}); set data.path=FILE.npz")
     recipe = f"write it with numpy.savez_compressed(FILE, {', '.join(f'{name}={name}' for name in ARRAYS)})"
@@ -55,7 +58,8 @@ def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
             if missing:
                 found = ", ".join(archive.files) or "nothing"
                 raise _error(file, f"has no array {', '.join(missing)} (found {found})", recipe)
-            return {name: np.asanyarray(archive[name]) for name in ARRAYS}
+            arrays = _mapped(file, recipe)
+            return {name: arrays[name] if name in arrays else archive[name] for name in ARRAYS}
     except SettingError:
         raise
     except ValueError as error:  # an object array, or no NumPy file at all: both would need unpickling
@@ -64,7 +68,14 @@ def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
         raise _error(file, f"can't be read and may be damaged ({error})", recipe) from error
 
 
-def _images(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Tensor:
+def _mapped(file: Path, recipe: str) -> dict[str, NDArray[Any]]:
+    try:
+        return mapped(file, ARRAYS)
+    except ValueError as error:
+        raise _error(file, f"is damaged ({error})", recipe) from error
+
+
+def _images(file: Path, name: str, arrays: dict[str, NDArray[Any]]) -> Tensor:
     images = arrays[name]
     if images.dtype != np.uint8:
         raise _error(file, f"{name} is {images.dtype}, not uint8", _uint8_remedy(name, images))
@@ -77,10 +88,11 @@ def _images(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Te
         raise _error(file, f"{name} is {_text(images)}, not N×H×W×C", remedy)
     if images.size == 0:
         raise _error(file, f"{name} is {_text(images)}: an empty split", "store at least one image in it")
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    tensor = view(images).permute(0, 3, 1, 2)
+    return tensor if isinstance(images, np.memmap) else tensor.contiguous()
 
 
-def _labels(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Tensor:
+def _labels(file: Path, name: str, arrays: dict[str, NDArray[Any]]) -> Tensor:
     labels, images = arrays[name], arrays[name.replace("y", "x", 1)]
     if labels.ndim != 1:
         raise _error(file, f"{name} is {_text(labels)}, not N class numbers", f"store {name}.reshape(-1) or its argmax")
@@ -95,16 +107,16 @@ def _labels(file: Path, name: str, arrays: dict[str, NDArray[np.generic]]) -> Te
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _uint8_remedy(name: str, images: NDArray[np.generic]) -> str:
+def _uint8_remedy(name: str, images: NDArray[Any]) -> str:
     if images.dtype.kind != "f" or images.size == 0:
         return f"convert to uint8 in 0..255, {name}.astype('uint8')"
-    high = float(np.max(images.astype(np.float64, copy=False)))
+    high = float(np.max(images))
     scale = " * 255" if high <= 1 else ""
     span = "[0, 1]" if high <= 1 else "[0, 255]"
     return f"these floats look like {span}; convert to uint8, ({name}{scale}).round().clip(0, 255).astype('uint8')"
 
 
-def _text(array: NDArray[np.generic]) -> str:
+def _text(array: NDArray[Any]) -> str:
     return "×".join(map(str, array.shape)) or "a single number"
 
 

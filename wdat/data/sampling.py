@@ -143,6 +143,10 @@ class TrainPlan(_Plan):
         rows[drawn] = self.n + torch.randint(self.pool, (count,), generator=seeding.generator(self.seed, "pool", step))
         return rows
 
+    def handed_out(self, step: int) -> None:
+        """Notes that batch `step` has come out of the loader, whose workers may have drawn further ones."""
+        self._drawn = step - self.epoch * len(self) + 1
+
     def state_dict(self) -> dict[str, int]:
         """The position in training, equal on all processes."""
         return {"epoch": self.epoch, "drawn": self._drawn}

@@ -10,14 +10,16 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from wdat.data import cifar
 from wdat.data.cifar import cifar10, cifar100
 from wdat.data.digits import digits
+from wdat.data.imagenet import imagenet
 from wdat.data.npz import npz
 from wdat.data.splits import Splits
 
-__all__ = ["SOURCES", "cifar10", "cifar100", "digits", "fetch", "npz"]
+__all__ = ["SOURCES", "cifar10", "cifar100", "digits", "fetch", "imagenet", "npz"]
 
 SOURCES: dict[str, Callable[[str | Path, str | Path | None, bool], Splits]] = {
     "cifar10": lambda root, path, download: cifar10(root, download),
     "cifar100": lambda root, path, download: cifar100(root, download),
+    "imagenet": lambda root, path, download: imagenet(root),
     "npz": lambda root, path, download: npz(path),
     "digits": lambda root, path, download: digits(),
 }

@@ -1,4 +1,4 @@
-"""Labelled images in memory, and how validation images are set aside from the training images."""
+"""What a source gives, and which of its images make up a split."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wdat.data.files import Files
 from wdat.errors import SettingError
 
 
@@ -15,25 +16,34 @@ class Splits:
     """The training and the test set of one source.
 
     Attributes:
-        x_train: Images (N, C, H, W), uint8.
+        x_train: Images (N, C, H, W), uint8, or N files.
         y_train: Labels (N,), int64.
-        x_test: Images (M, C, H, W), uint8.
+        x_test: Images (M, C, H, W), uint8, or M files.
         y_test: Labels (M,), int64.
+        classes: Names of the classes, where the source has them.
     """
 
-    x_train: Tensor
+    x_train: Tensor | Files
     y_train: Tensor
-    x_test: Tensor
+    x_test: Tensor | Files
     y_test: Tensor
+    classes: tuple[str, ...] | None = None
 
 
 def check_labels(splits: Splits, num_classes: int) -> None:
     """Checks that every label is a class.
 
     Raises:
-        SettingError: A label lies outside 0 .. `num_classes` - 1.
+        SettingError: A label lies outside 0 .. `num_classes` - 1, or the source names another number of classes.
     """
+    if splits.classes is not None and len(splits.classes) != num_classes:
+        raise SettingError(
+            f"the data have {len(splits.classes)} classes ({', '.join(splits.classes[:3])}, …), but "
+            f"data.num_classes={num_classes}: set data.num_classes={len(splits.classes)}, or give all classes"
+        )
     for name, labels in (("y_train", splits.y_train), ("y_test", splits.y_test)):
+        if len(labels) == 0:
+            continue
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
             remedy = (
@@ -61,14 +71,52 @@ def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Te
         The rows that stay and the rows set aside, int64, (N - count,) and (count,).
     """
     labels = labels.cpu()
-    classes, sizes = torch.unique(labels, return_counts=True)
+    _, sizes = torch.unique(labels, return_counts=True)
     shares = sizes * count
     quotas = shares // len(labels)
     remainders = shares % len(labels)
     quotas[remainders.argsort(descending=True, stable=True)[: count - int(quotas.sum())]] += 1
 
     order = torch.randperm(len(labels), generator=generator)
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label, quota in zip(classes, quotas.tolist(), strict=True):
-        held[(labels[order] == label).nonzero().flatten()[:quota]] = True
+    classes, earlier = _ranks(labels[order])
+    held = earlier < quotas[classes]
     return order[~held], order[held]
+
+
+def first_of_each(labels: Tensor, count: int, num_classes: int, setting: str) -> Tensor:
+    """The first images of every class, the same number of each.
+
+    Where `count` is no multiple of `num_classes`, the first classes give one more.
+
+    Args:
+        labels: (N,), int64, in 0 .. `num_classes` - 1.
+        count: Number of rows to keep.
+        num_classes: Number of classes.
+        setting: What the message of an error calls `count`, such as `"data.limit_test"`.
+
+    Returns:
+        The rows that are kept, int64, (count,), in increasing order.
+
+    Raises:
+        SettingError: A class has too few images.
+    """
+    sizes = labels.bincount(minlength=num_classes)
+    quotas = count // num_classes + (torch.arange(num_classes) < count % num_classes).long()
+    short = (sizes < quotas).nonzero().flatten()
+    if len(short):
+        most = int(sizes.min()) * num_classes
+        remedy = f"set {setting}={most} or less" if most else "add some"
+        raise SettingError(
+            f"{setting}={count} with data.balanced=true takes {int(quotas[short[0]])} of class {int(short[0])}, "
+            f"which has {int(sizes[short[0]])} images: {remedy}, or data.balanced=false"
+        )
+    return (_ranks(labels)[1] < quotas[labels]).nonzero().flatten()
+
+
+def _ranks(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each label's place among the distinct ones, and how many equal ones stand before it, both (N,)."""
+    _, places, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    together = places.argsort(stable=True)
+    ranks = torch.empty_like(places)
+    ranks[together] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[places[together]]
+    return places, ranks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +24,7 @@ __all__ = [
     "load_checkpoint",
     "load_network",
     "prepare",
+    "preprocessing",
 ]
 
 
@@ -66,6 +69,24 @@ def load_network(
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
     return network.eval()
+
+
+def preprocessing(settings: Mapping[str, Any]) -> str | None:
+    """How a network's images are cut where they are of many sizes: as RobustBench cuts them for it.
+
+    Args:
+        settings: What `load_network` is called with, by name.
+
+    Returns:
+        A name such as `Res256Crop224`; None for local networks and those for CIFAR.
+
+    Raises:
+        SettingError: An unknown name, with the nearest ones.
+    """
+    name, dataset = settings["name"], settings.get("dataset")
+    if name in LOCAL or dataset != "imagenet":
+        return None
+    return zoo.preprocessing(zoo.resolve(name, dataset, settings.get("threat_model", "Linf"), others=LOCAL))
 
 
 def describe(network: nn.Module) -> tuple[str, int]:

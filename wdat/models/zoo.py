@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,25 @@ def resolve(name: str, dataset: str, threat_model: str, others: Iterable[str] = 
 def entries() -> list[ZooEntry]:
     """Every network of the zoo, in its own order."""
     return [ZooEntry(name, dataset, threat) for dataset, threat in _parts() for name in _zoo(dataset, threat)]
+
+
+def preprocessing(entry: ZooEntry) -> str | None:
+    """How RobustBench cuts images for a network, in the manner of its own names: `Res256Crop224`, `Crop288`.
+
+    For networks that it registers in timm it takes timm's settings, which are put into the same words.
+
+    Returns:
+        The name; None for CIFAR, whose images are of one size.
+    """
+    if entry.dataset != "imagenet":
+        return None
+    timm_name = entry.timm_name
+    if timm_name is None:
+        return str(entry.settings["preprocessing"])
+    settings = importlib.import_module("timm").get_pretrained_cfg(timm_name)
+    size = settings.input_size[1]
+    kind = "Bicubic" if settings.interpolation == "bicubic" else ""
+    return f"{kind}Res{math.floor(size / settings.crop_pct)}Crop{size}"
 
 
 def weight_files(entry: ZooEntry, root: Path) -> Iterator[WeightFile]:

@@ -1,0 +1,95 @@
+"""Images in files, decoded when they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from wdat.data.cuts import Cut, CutDraws, RandomCut
+from wdat.data.images import LabelledImages
+from wdat.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files below one folder.
+
+    Attributes:
+        folder: The folder.
+        names: (N,), bytes: their paths in it. An array, because worker processes that count references to a million
+            strings would each end with a copy of them.
+    """
+
+    folder: Path
+    names: NDArray[np.bytes_]
+
+    @classmethod
+    def of(cls, folder: Path, names: Sequence[str]) -> Files:
+        """The files of these names."""
+        return cls(folder, np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: Tensor) -> Files:
+        """The files in these rows, (B,), int64."""
+        return Files(self.folder, self.names[rows.numpy()])
+
+    def open(self, row: int) -> Image.Image:
+        """Decodes one file as RGB.
+
+        Raises:
+            SettingError: The file can't be decoded.
+        """
+        path = self.folder / os.fsdecode(bytes(self.names[row]))
+        try:
+            with Image.open(path) as image:
+                decoded: Image.Image = image.convert("RGB")
+                return decoded
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+            raise SettingError(f"{path} can't be decoded ({error}): replace or remove it (data.root)") from error
+
+
+class FileSet(LabelledImages):
+    """One split of images in files, cut to one size.
+
+    Args:
+        files: The images.
+        labels: (N,), int64, on the CPU.
+        cut: How an image is cut where nothing is augmented.
+        augment: How it is cut in training, or None.
+        seed: The seed of the run.
+    """
+
+    augment: RandomCut | None
+
+    def __init__(self, files: Files, labels: Tensor, cut: Cut, augment: RandomCut | None = None, seed: int = 0) -> None:
+        super().__init__(labels, augment, seed)
+        self.files = files
+        self.cut = cut
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, self.cut.size, self.cut.size
+
+    def to(self, device: torch.device) -> FileSet:
+        """Itself: nothing is kept in memory."""
+        return self
+
+    def pixels(self, index: Tensor, draws: CutDraws | None) -> Tensor:
+        x = torch.empty(len(index), *self.shape, dtype=torch.uint8)
+        for place, row in enumerate(index.tolist()):
+            image = self.files.open(row)
+            if self.augment is None or draws is None:
+                x[place] = self.cut(image)
+            else:
+                x[place] = self.augment(image, draws.at(torch.tensor(place)))
+        return x
