@@ -28,13 +28,13 @@ from torch import nn
 from wdat import ThreatModel
 from wdat.attacks import ATTACKS, Attack
 from wdat.console import PlainConsole, evaluation_table, quiet_libraries, readable_errors
-from wdat.errors import SettingError, unknown
+from wdat.errors import RunError, SettingError, cause, unknown
 from wdat.evaluation import ImageTensors
 from wdat.evaluation.plots import accuracy_against_budget
 from wdat.evaluation.report import write_report
 from wdat.evaluation.run import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
-from wdat.processes import cause, current, together
+from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.team import Place, Team, check_timeout, place_of
@@ -193,7 +193,7 @@ def follow(team: Team) -> None:
             for task in team.tasks():
                 evaluate(DictConfig(task["settings"]), Path(task["folder"]), PlainConsole(quiet=True), team)
         except Exception as error:
-            if isinstance(cause(error), SettingError):
+            if isinstance(cause(error, SettingError, RunError), SettingError):
                 sys.exit(2)  # all have it, and the first one says it
             raise
 

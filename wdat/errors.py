@@ -40,6 +40,14 @@ class ConstraintError(RuntimeError):
     """An attack returned images outside its threat model; the message states the measured distance."""
 
 
+def cause(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The first error of some kinds in the chain that led to an error, this one included; None if there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, kinds):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 def unknown(kind: str, name: object, valid: Iterable[str], setting: str) -> SettingError:
     """The error for a name that is not in a registry, with the nearest valid ones.
 

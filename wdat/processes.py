@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wdat.errors import RunError, SettingError
+from wdat.errors import RunError, SettingError, cause
 
 PIECE = 512  # rows of a process that travel at once where a whole set is brought together
 
@@ -56,7 +56,7 @@ class Processes:
         """
         if not self.sum([float(error is not None)])[0]:
             return
-        said = error and cause(error)
+        said = error and (cause(error, SettingError, RunError) or error)
         known = isinstance(said, (SettingError, RunError))
         text = str(said) if known else f"{type(said).__name__}: {said}"
         told = {"rank": self.rank, "setting": isinstance(said, SettingError), "text": text}
@@ -66,14 +66,6 @@ class Processes:
             raise error
         first = json.loads(bytes(lines.tolist()).splitlines()[0])
         raise (SettingError if first["setting"] else RunError)(f"process {first['rank']}: {first['text']}")
-
-
-def cause(error: BaseException) -> BaseException:
-    """The `SettingError` or `RunError` that an error was made of on its way; the error itself if there is none."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, (SettingError, RunError)):
-        found = found.__cause__ or found.__context__
-    return found or error
 
 
 class TorchProcesses(Processes):
