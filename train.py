@@ -81,8 +81,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
     if notice:
         say(notice)
+    begun = checkpoints.steps(resume) if resume else 0
     if resume:
-        loggers.go_on(trainer.loggers, resume)
+        loggers.go_on(trainer.loggers, begun)
     dashboard.begin(trainer.loggers, cfg)
 
     if cfg.pretrain.max_epochs and not resume:
@@ -115,7 +116,6 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
 
     if not resume:
         measure("before")
-    begun = steps_of(resume) if resume else 0
     trainer.fit(module, data, ckpt_path=resume)
     if resume and trainer.global_step == begun:
         book.forget("after")  # of the same weights, perhaps in part
@@ -144,11 +144,6 @@ def check_unused(run_dir: Path) -> None:
     """Refuse to write over another run, but for one that stopped before it saved anything."""
     if (run_dir / checkpoints.FOLDER / checkpoints.LAST).exists():
         raise SettingError(f"hydra.run.dir={run_dir} holds a run: go on with resume={run_dir}, or name another folder")
-
-
-def steps_of(checkpoint: Path) -> int:
-    """Steps that were made when a checkpoint was written."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:

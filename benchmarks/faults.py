@@ -31,7 +31,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.common import CONSOLE, add_common, spread, write
-from wdat.checkpoints import FOLDER, LAST, damage, previous
+from wdat.checkpoints import FOLDER, LAST, damage, previous, steps
 from wdat.records import source_commit
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ class Run:
         """Steps in the newest whole checkpoint; None where there is none."""
         for path in (self.last, previous(self.last)):
             if path.exists() and damage(path) is None:
-                return int(torch.load(path, weights_only=True)["global_step"])
+                return steps(path)
         return None
 
     def done(self) -> int:
