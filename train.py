@@ -35,6 +35,7 @@ from wdat.evaluation.report import write_report
 from wdat.launch import agreed, check_launch, join_group, one_at_a_time
 from wdat.module import WDATModule
 from wdat.objectives import Objective
+from wdat.processes import others_reached
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.schedules import Cosine
@@ -221,8 +222,9 @@ def main(cfg: DictConfig) -> None:
     """Compose the configuration and train."""
     quiet_libraries()
     join_group()
-    with readable_errors(), loggers.own_run():
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    with readable_errors(), loggers.own_run(), others_reached(partial(checkpoints.way_on, run_dir)):
+        train(cfg, run_dir)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wdat import checkpoints
-from wdat.checkpoints import SafeCheckpointIO, damage, newest, previous, steps
+from wdat.checkpoints import SafeCheckpointIO, damage, newest, previous, steps, way_on
 from wdat.errors import RunError, SettingError
 
 
@@ -119,6 +119,12 @@ def test_a_flipped_byte_is_noticed_though_torch_loads_it(run):
     flipped(last(run))
     assert torch.load(last(run), weights_only=True)["global_step"] == 2
     assert "damaged" in damage(last(run))
+
+
+def test_the_way_on_from_a_run(run):
+    assert way_on(run) == f"go on with resume={run}"
+    last(run).unlink()
+    assert "start the run again" in way_on(run)
 
 
 def test_two_damaged_checkpoints_are_refused(run):

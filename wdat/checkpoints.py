@@ -111,6 +111,13 @@ def steps(path: Path) -> int:
     return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
+def way_on(run: Path) -> str:
+    """What the user can do with a run that has ended before its time."""
+    if (run / FOLDER / LAST).exists():
+        return f"go on with resume={run}"
+    return "nothing was saved yet: start the run again"
+
+
 def newest(run: Path) -> tuple[Path, str | None]:
     """The newest whole checkpoint of a run, and what to tell the user if it isn't the last one.
 

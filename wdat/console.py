@@ -20,6 +20,7 @@ from rich.text import Text
 from wdat.errors import RunError, SettingError, Stopped, cause
 from wdat.records import Record
 
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 MEANT = (SettingError, RunError, MissingMandatoryValue)  # errors that speak to the user
 
 
@@ -170,6 +171,7 @@ def quiet_libraries() -> None:
     """Silence what libraries say about things that this project chose on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(LAUNCHER).setLevel(logging.INFO)  # says why it ends all processes
     for message in (
         ".*does not have many workers.*",  # images lie in memory; workers would only copy them
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning with new torch
