@@ -37,6 +37,7 @@ from wdat.evaluation.session import Session, read_radii
 from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
+from wdat.sweep import Sweep
 from wdat.team import Place, Team, check_timeout, place_of
 from wdat.threat import parse_budget
 
@@ -167,11 +168,12 @@ def show(book: RecordBook, run_dir: Path, console: PlainConsole) -> None:
 
 def lead(team: Team) -> None:
     """What the first process does: compose the configuration, tell the others, evaluate and show."""
+    sweep = Sweep()
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
     def main(cfg: DictConfig) -> None:
         quiet_libraries()
-        with readable_errors():
+        with readable_errors(), sweep.job():
             run_dir, console = Path(HydraConfig.get().runtime.output_dir), PlainConsole()
             planned(cfg)
             if team.place.world > 1:
@@ -182,6 +184,7 @@ def lead(team: Team) -> None:
         sys.argv[1:] = resumed_arguments(sys.argv[1:], checkpoints=())
         check_folder(sys.argv[1:])
     main()
+    sweep.end()
 
 
 def follow(team: Team) -> None:

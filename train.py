@@ -40,8 +40,11 @@ from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.schedules import Cosine
 from wdat.sensitivity import Batch
+from wdat.sweep import Sweep
 
 MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
+
+SWEEP = Sweep()
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
@@ -223,7 +226,8 @@ def main(cfg: DictConfig) -> None:
     quiet_libraries()
     join_group()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with readable_errors(), loggers.own_run(), others_reached(partial(checkpoints.way_on, run_dir)):
+    way_on = partial(checkpoints.way_on, run_dir)
+    with readable_errors(), SWEEP.job(), loggers.own_run(), others_reached(way_on):
         train(cfg, run_dir)
 
 
@@ -232,3 +236,4 @@ if __name__ == "__main__":
         sys.argv[1:] = agreed(sys.argv[1:], resumed_arguments)
         check_folder(sys.argv[1:])
     main()
+    SWEEP.end()

@@ -22,7 +22,7 @@ ORDER = [
     ("evaluation",),
     ("objectives",),
     ("module",),
-    ("callbacks", "dashboard"),
+    ("callbacks", "dashboard", "sweep"),
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 LEAVES = {  # injected or called from above; each imports these and itself only

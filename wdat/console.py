@@ -55,11 +55,19 @@ def readable_errors() -> Iterator[None]:
         Console(stderr=True, soft_wrap=True).print(Text(str(stop) or "stopped"))
         sys.exit(128 + number)
     except Exception as error:
-        message = _message(error)
-        if message is None:
+        status = complain(error)
+        if status is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
-        sys.exit(1 if isinstance(cause(error, *MEANT), RunError) else 2)
+        sys.exit(status)
+
+
+def complain(error: Exception) -> int | None:
+    """Print what was meant for the user; the exit status, or None where nothing was and nothing is printed."""
+    message = _message(error)
+    if message is None:
+        return None
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
+    return 1 if isinstance(cause(error, *MEANT), RunError) else 2
 
 
 def _message(error: BaseException) -> str | None:
