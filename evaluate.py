@@ -34,11 +34,13 @@ from wdat.evaluation.plots import accuracy_against_budget
 from wdat.evaluation.report import write_report
 from wdat.evaluation.run import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
+from wdat.launch import one_at_a_time
+from wdat.place import Place, place_of
 from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.sweep import Sweep
-from wdat.team import Place, Team, check_timeout, place_of
+from wdat.team import Team, check_timeout
 from wdat.threat import parse_budget
 
 
@@ -93,9 +95,11 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
 def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     """The data, read and split, and the network."""
     data = instantiate(cfg.data)
-    data.prepare_data()
+    with one_at_a_time():
+        data.prepare_data()
+        network = instantiate(cfg.model)
     data.setup()
-    return data, instantiate(cfg.model)
+    return data, network
 
 
 def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) -> RecordBook:
@@ -117,8 +121,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         book = RecordBook(run_dir / "records.json" if team.first else None)
         if device.type == "cuda" and team.place.world > 1:
             torch.cuda.set_device(device)
-    data, network = team.in_turn(lambda: load(cfg))
     with together(everyone):
+        data, network = load(cfg)
         data.share(team.place.rank, team.place.world)
         loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
         images = ImageTensors.collect(loader, device)

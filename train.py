@@ -69,8 +69,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     attack = instantiate(cfg.attack)
     with one_at_a_time():
         data.prepare_data()
+        network = instantiate(cfg.model)
     data.setup()
-    network = instantiate(cfg.model)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(c) for c in (cfg.averaging, *cfg.callbacks.values()) if c],

@@ -57,7 +57,7 @@ def finished(tmp_path_factory):
 
 def test_a_job_of_a_sweep_that_fails_ends_no_other(tmp_path):
     result = evaluate("-m", *QUICK, "attacks=[pgd]", "losses=[ce]", "deltas=[],[1/255]", f"hydra.sweep.dir={tmp_path}")
-    assert result.status == 1
+    assert result.status == 2
     assert "deltas and losses must each name at least one" in result.err
     assert result.err.splitlines()[-2] == "1 of 2 jobs failed:"
     assert {r.attack for r in read(tmp_path / "1" / "records.json")} == {"none", "pgd"}

@@ -13,7 +13,7 @@ ROOT = Path(wdat.__file__).parent
 BASE = ("errors", "seeding", "batch", "processes", "guard")
 ORDER = [
     ("errors",),
-    tuple(part for part in BASE if part != "errors"),
+    (*(part for part in BASE if part != "errors"), "place"),
     ("team",),
     ("threat", "losses", "records"),
     ("gradients", "console"),
@@ -32,7 +32,7 @@ LEAVES = {  # injected or called from above; each imports these and itself only
     "schedules": set(BASE),
     "resume": {*BASE, "records"},
     "checkpoints": {"errors"},
-    "launch": {"errors"},
+    "launch": {"errors", "place"},
     "loggers": {"errors"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

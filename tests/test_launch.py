@@ -25,8 +25,9 @@ from script_runner import run_script
 
 from wdat import launch
 from wdat.errors import SettingError
-from wdat.launch import Outside, agreed, check_launch, join_group, one_at_a_time, outside
+from wdat.launch import agreed, check_launch, join_group, one_at_a_time
 from wdat.loggers import read_rows
+from wdat.place import Place, outside
 from wdat.records import read
 
 ROOT = Path(__file__).parents[1]
@@ -74,13 +75,13 @@ def place(monkeypatch):
     [
         ({}, None),
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, None),  # started by Lightning
-        (TORCHRUN, Outside("torchrun", 3, 4, 2)),
-        (SUBMITIT, Outside("submitit", 1, 2)),
-        (SLURM, Outside("SLURM", 0, 4, 2)),
+        (TORCHRUN, Place(3, 4, 1, 2, "torchrun")),
+        (SUBMITIT, Place(1, 2, 1, 1, "submitit")),
+        (SLURM, Place(0, 4, 0, 2, "SLURM")),
         ({**SLURM, "SLURM_JOB_NAME": "interactive"}, None),
-        ({**SLURM, **SUBMITIT}, Outside("submitit", 1, 2)),
-        ({**SLURM, **TORCHRUN}, Outside("torchrun", 3, 4, 2)),
-        ({**SLURM, "SUBMITIT_EXECUTOR": "slurm"}, Outside("SLURM", 0, 4, 2)),
+        ({**SLURM, **SUBMITIT}, Place(1, 2, 1, 1, "submitit")),
+        ({**SLURM, **TORCHRUN}, Place(3, 4, 1, 2, "torchrun")),
+        ({**SLURM, "SUBMITIT_EXECUTOR": "slurm"}, Place(0, 4, 0, 2, "SLURM")),
     ],
 )
 def test_who_started_a_process(place, variables, wanted):

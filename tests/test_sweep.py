@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
-from wdat import launch, sweep
+from wdat import sweep
 from wdat.errors import RunError, SettingError, Stopped
+from wdat.place import Place
 from wdat.sweep import Sweep
 
 
@@ -65,7 +66,7 @@ def test_a_stop_ends_a_sweep(place, stop):
 
 def test_elsewhere_an_error_passes(place, monkeypatch):
     error, jobs = SettingError("x"), Sweep()
-    for given in ({"mode": RunMode.RUN}, {"started": launch.Outside("torchrun", 0, 2)}):
+    for given in ({"mode": RunMode.RUN}, {"started": Place(0, 2, starter="torchrun")}):
         place(**given)
         with pytest.raises(SettingError):
             run(jobs, error)

@@ -218,7 +218,7 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
 def test_jobs_in_one_process_of_which_one_fails(tmp_path):
     shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
     result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    assert result.status == 1
+    assert result.status == 2
     said = result.err.splitlines()
     assert said[0] == "error: seed=-1 must be a whole number from 0 to 2**32 - 1"
     assert said[1] == "1 of 3 jobs failed:"

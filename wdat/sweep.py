@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from wdat.console import complain
-from wdat.launch import outside
+from wdat.place import outside
 
 
 class Sweep:
@@ -25,7 +25,7 @@ class Sweep:
     def __init__(self) -> None:
         self._process = os.getpid()  # a launcher may copy this object into others
         self._jobs = 0
-        self._failed: list[str] = []
+        self._failed: dict[str, int] = {}  # a line on each job, with the status that it would have left with
 
     @contextmanager
     def job(self) -> Iterator[None]:
@@ -39,12 +39,13 @@ class Sweep:
         try:
             yield
         except Exception as error:
-            if complain(error) is None:
+            status = complain(error)
+            if status is None:
                 traceback.print_exception(error)
-            self._failed.append(f"  #{hydra.job.num} {' '.join(hydra.overrides.task)}")
+            self._failed[f"  #{hydra.job.num} {' '.join(hydra.overrides.task)}"] = status or 1
 
     def end(self) -> None:
-        """List the jobs that failed, and leave with status 1, if there are any."""
+        """List the jobs that failed, if there are any, and leave: with status 2 if settings were at fault in all."""
         if self._failed:
             print(f"{len(self._failed)} of {self._jobs} jobs failed:", *self._failed, sep="\n", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(min(self._failed.values()))
