@@ -28,16 +28,19 @@ from torch import nn
 from wdat import ThreatModel, models
 from wdat.attacks import ATTACKS, Attack
 from wdat.console import PlainConsole, evaluation_table, quiet_libraries, readable_errors
-from wdat.errors import SettingError, unknown
+from wdat.errors import RunError, SettingError, cause, unknown
 from wdat.evaluation import ImageTensors
 from wdat.evaluation.plots import accuracy_against_budget
 from wdat.evaluation.report import write_report
 from wdat.evaluation.run import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
-from wdat.processes import cause, current, together
+from wdat.launch import one_at_a_time
+from wdat.place import Place, place_of
+from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
-from wdat.team import Place, Team, check_timeout, place_of
+from wdat.sweep import Sweep
+from wdat.team import Team, check_timeout
 from wdat.threat import parse_budget
 
 
@@ -93,9 +96,11 @@ def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     """The data, read and split, and the network."""
     data = instantiate(cfg.data)
     data.suit(models.preprocessing(cfg.model))
-    data.prepare_data()
+    with one_at_a_time():
+        data.prepare_data()
+        network = instantiate(cfg.model)
     data.setup()
-    return data, instantiate(cfg.model)
+    return data, network
 
 
 def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) -> RecordBook:
@@ -117,8 +122,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         book = RecordBook(run_dir / "records.json" if team.first else None)
         if device.type == "cuda" and team.place.world > 1:
             torch.cuda.set_device(device)
-    data, network = team.in_turn(lambda: load(cfg))
     with together(everyone):
+        data, network = load(cfg)
         data.share(team.place.rank, team.place.world)
         loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
         images = ImageTensors.collect(loader, device)
@@ -168,11 +173,12 @@ def show(book: RecordBook, run_dir: Path, console: PlainConsole) -> None:
 
 def lead(team: Team) -> None:
     """What the first process does: compose the configuration, tell the others, evaluate and show."""
+    sweep = Sweep()
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
     def main(cfg: DictConfig) -> None:
         quiet_libraries()
-        with readable_errors():
+        with readable_errors(), sweep.job():
             run_dir, console = Path(HydraConfig.get().runtime.output_dir), PlainConsole()
             planned(cfg)
             if team.place.world > 1:
@@ -183,6 +189,7 @@ def lead(team: Team) -> None:
         sys.argv[1:] = resumed_arguments(sys.argv[1:], checkpoints=())
         check_folder(sys.argv[1:])
     main()
+    sweep.end()
 
 
 def follow(team: Team) -> None:
@@ -194,7 +201,7 @@ def follow(team: Team) -> None:
             for task in team.tasks():
                 evaluate(DictConfig(task["settings"]), Path(task["folder"]), PlainConsole(quiet=True), team)
         except Exception as error:
-            if isinstance(cause(error), SettingError):
+            if isinstance(cause(error, SettingError, RunError), SettingError):
                 sys.exit(2)  # all have it, and the first one says it
             raise
 

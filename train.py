@@ -38,12 +38,16 @@ from wdat.launch import agreed, check_launch, join_group, one_at_a_time
 from wdat.module import WDATModule
 from wdat.objectives import Objective
 from wdat.optim import peak_rate
+from wdat.processes import others_reached
 from wdat.records import Facts, RecordBook
 from wdat.resume import check_folder, resumed_arguments
 from wdat.schedules import Cosine
 from wdat.sensitivity import Batch
+from wdat.sweep import Sweep
 
 MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
+
+SWEEP = Sweep()
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
@@ -69,8 +73,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     attack = instantiate(cfg.attack)
     with one_at_a_time():
         data.prepare_data()
+        network = instantiate(cfg.model)
     data.setup()
-    network = instantiate(cfg.model)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(c) for c in (cfg.averaging, *cfg.callbacks.values()) if c],
@@ -85,8 +89,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
     if notice:
         say(notice)
+    begun = checkpoints.steps(resume) if resume else 0
     if resume:
-        loggers.go_on(trainer.loggers, resume)
+        loggers.go_on(trainer.loggers, begun)
     dashboard.begin(trainer.loggers, cfg)
 
     if cfg.pretrain.max_epochs and not resume:
@@ -123,7 +128,6 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
 
     if not resume:
         measure("before")
-    begun = steps_of(resume) if resume else 0
     trainer.fit(module, data, ckpt_path=resume)
     if resume and trainer.global_step == begun:
         book.forget("after")  # of the same weights, perhaps in part
@@ -152,11 +156,6 @@ def check_unused(run_dir: Path) -> None:
     """Refuse to write over another run, but for one that stopped before it saved anything."""
     if (run_dir / checkpoints.FOLDER / checkpoints.LAST).exists():
         raise SettingError(f"hydra.run.dir={run_dir} holds a run: go on with resume={run_dir}, or name another folder")
-
-
-def steps_of(checkpoint: Path) -> int:
-    """Steps that were made when a checkpoint was written."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
@@ -244,8 +243,10 @@ def main(cfg: DictConfig) -> None:
     """Compose the configuration and train."""
     quiet_libraries()
     join_group()
-    with readable_errors(), loggers.own_run():
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    way_on = partial(checkpoints.way_on, run_dir)
+    with readable_errors(), SWEEP.job(), loggers.own_run(), others_reached(way_on):
+        train(cfg, run_dir)
 
 
 if __name__ == "__main__":
@@ -253,3 +254,4 @@ if __name__ == "__main__":
         sys.argv[1:] = agreed(sys.argv[1:], resumed_arguments)
         check_folder(sys.argv[1:])
     main()
+    SWEEP.end()

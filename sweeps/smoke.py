@@ -10,6 +10,7 @@ A line says what came of each sweep; the exit status is 1 if any failed.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sweeps import grids
+from sweeps import grids, wandb_file
 from wdat.records import read
 
 ROOT = grids.FOLDER.parent
@@ -77,11 +78,22 @@ def wandb_sweep(name: str, folder: Path) -> int:
     environment = {"WANDB_MODE": "offline", "WANDB_RUN_ID": run, "WANDB_SILENT": "true"}
     start([*line, *(f"{k}={v}" for k, v in instead.items())], folder, environment)
     finished(folder / run / "records.json")
-    logged = list((folder / run).glob("wandb/offline-run-*/*.wandb"))
-    metric = str(sweep["metric"]["name"])
-    if len(logged) != 1 or metric.encode() not in logged[0].read_bytes():
-        raise FailedError(f"W&B was not given {metric}")
+    logged(folder / run, str(sweep["metric"]["name"]))
     return 1
+
+
+def logged(run: Path, metric: str) -> list[float]:
+    """The values of a metric that a run's W&B was given; a name that is only defined has none.
+
+    Raises:
+        FailedError: If there is none, or one is no finite number.
+    """
+    files = list(run.glob("wandb/offline-run-*/*.wandb"))
+    rows = [row for file in files for row in wandb_file.read(file).history]
+    values = [float(row[metric]) for row in rows if metric in row]
+    if len(files) != 1 or not values or not all(map(math.isfinite, values)):
+        raise FailedError(f"W&B was given {values} as {metric} in {len(files)} runs")
+    return values
 
 
 def start(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:

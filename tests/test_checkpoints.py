@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wdat import checkpoints
-from wdat.checkpoints import SafeCheckpointIO, damage, newest, previous
+from wdat.checkpoints import SafeCheckpointIO, damage, newest, previous, steps, way_on
 from wdat.errors import RunError, SettingError
 
 
@@ -32,12 +32,8 @@ def last(run):
     return run / checkpoints.FOLDER / checkpoints.LAST
 
 
-def step(path):
-    return torch.load(path, weights_only=True)["global_step"]
-
-
 def test_the_checkpoint_before_is_kept(run):
-    assert (step(last(run)), step(previous(last(run)))) == (2, 1)
+    assert (steps(last(run)), steps(previous(last(run)))) == (2, 1)
     assert {f.name for f in last(run).parent.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
     assert newest(run) == (last(run), None)
 
@@ -51,7 +47,7 @@ def test_a_full_disk_is_reported_before_the_old_checkpoint_is_touched(run, monke
         RunError, match=r"last\.ckpt couldn't be written \(No space left on device\).*still that of before"
     ):
         SafeCheckpointIO().save_checkpoint(checkpoint(3), last(run))
-    assert (step(last(run)), step(previous(last(run)))) == (2, 1)
+    assert (steps(last(run)), steps(previous(last(run)))) == (2, 1)
     assert {f.name for f in last(run).parent.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
 
 
@@ -68,7 +64,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         big = checkpoint(2) | {"state_dict": {"w": torch.zeros(100_000)}}
         with pytest.raises(RunError, match="No space left on device"):
             SafeCheckpointIO().save_checkpoint(big, path)
-        assert step(path) == 1
+        assert steps(path) == 1
         assert [f.name for f in path.parent.iterdir()] == ["last.ckpt"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -78,7 +74,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(run, value):
     with pytest.raises(RunError, match=r"weights w are no longer finite.*smaller schedule\.optimizer\.lr"):
         SafeCheckpointIO().save_checkpoint(checkpoint(3, value), last(run))
-    assert step(last(run)) == 2
+    assert steps(last(run)) == 2
 
 
 def truncated(path):
@@ -121,8 +117,14 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(run, sp
 
 def test_a_flipped_byte_is_noticed_though_torch_loads_it(run):
     flipped(last(run))
-    assert step(last(run)) == 2
+    assert torch.load(last(run), weights_only=True)["global_step"] == 2
     assert "damaged" in damage(last(run))
+
+
+def test_the_way_on_from_a_run(run):
+    assert way_on(run) == f"go on with resume={run}"
+    last(run).unlink()
+    assert "start the run again" in way_on(run)
 
 
 def test_two_damaged_checkpoints_are_refused(run):

@@ -53,6 +53,10 @@ def test_an_error_raised_while_handling_a_setting_error_counts_too(capsys):
     assert capsys.readouterr().err == "error: seed=-1 must not be negative\n"
 
 
+def test_the_status_is_that_of_the_error_that_is_told(capsys):
+    assert status_and_text(capsys, wrapped(RunError("no room"), SettingError)) == (2, "error: in call to target\n")
+
+
 def test_long_messages_are_not_broken_into_lines(capsys):
     message = "data.path=" + "very/" * 100 + "long.npz: no such file"
     assert status_and_text(capsys, SettingError(message)) == (2, f"error: {message}\n")

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import wandb_file
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from script_runner import run_script
 
 import wdat
+from sweeps import wandb_file
 from wdat import dashboard
 from wdat.callbacks import AttackLog
 from wdat.dashboard import BEFORE_AFTER, EXAMPLES, METRICS, before_after, configuration, examples

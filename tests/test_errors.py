@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from wdat.errors import ConstraintError, SettingError, unknown
+from wdat.errors import ConstraintError, RunError, SettingError, cause, unknown
+
+
+def test_the_cause_is_the_first_of_its_kinds_in_the_chain():
+    last, middle, first = SettingError("a"), RunError("b"), KeyError("c")
+    last.__cause__, middle.__context__ = middle, first
+    assert cause(last, SettingError, RunError) is last
+    assert cause(last, RunError) is middle
+    assert cause(last, RunError, KeyError) is middle
+    assert cause(last, KeyError) is first
+    assert cause(last, TypeError) is None
 
 
 def test_unknown_lists_the_nearest_names_first_and_ignores_case():

@@ -55,6 +55,15 @@ def finished(tmp_path_factory):
     return SimpleNamespace(folder=folder, result=result, records=read(folder / "records.json"))
 
 
+def test_a_job_of_a_sweep_that_fails_ends_no_other(tmp_path):
+    result = evaluate("-m", *QUICK, "attacks=[pgd]", "losses=[ce]", "deltas=[],[1/255]", f"hydra.sweep.dir={tmp_path}")
+    assert result.status == 2
+    assert "deltas and losses must each name at least one" in result.err
+    assert result.err.splitlines()[-2] == "1 of 2 jobs failed:"
+    assert {r.attack for r in read(tmp_path / "1" / "records.json")} == {"none", "pgd"}
+    assert not (tmp_path / "0" / "records.json").exists()
+
+
 def about(record):
     return (record.attack, record.loss, record.p, round(record.delta, 9))
 

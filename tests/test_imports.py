@@ -13,7 +13,7 @@ ROOT = Path(wdat.__file__).parent
 BASE = ("errors", "seeding", "batch", "processes", "guard")
 ORDER = [
     ("errors",),
-    tuple(part for part in BASE if part != "errors"),
+    (*(part for part in BASE if part != "errors"), "place"),
     ("team",),
     ("threat", "losses", "records"),
     ("gradients", "console"),
@@ -22,7 +22,7 @@ ORDER = [
     ("evaluation",),
     ("objectives",),
     ("module",),
-    ("callbacks", "dashboard"),
+    ("callbacks", "dashboard", "sweep"),
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 LEAVES = {  # injected or called from above; each imports these and itself only
@@ -33,7 +33,7 @@ LEAVES = {  # injected or called from above; each imports these and itself only
     "optim": set(BASE),
     "resume": {*BASE, "records"},
     "checkpoints": {"errors"},
-    "launch": {"errors"},
+    "launch": {"errors", "place"},
     "loggers": {"errors"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

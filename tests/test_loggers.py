@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from wdat import loggers
+from wdat.checkpoints import steps
 from wdat.errors import RunError, SettingError
 from wdat.loggers import CSVLogger, MetricsFile, TensorBoardLogger, WandbLogger, own_run, read_rows
 
@@ -89,7 +90,7 @@ def train(folder, *callbacks, logger=CSVLogger, resume=None, epochs=3, every=2):
     )  # fmt: skip
     module = Counts()
     if resume:
-        loggers.go_on(trainer.loggers, resume)
+        loggers.go_on(trainer.loggers, steps(resume))
     else:
         trainer.test(module, verbose=False)
     trainer.fit(module, ckpt_path=resume)

@@ -14,7 +14,7 @@ import torch
 import wdat
 from wdat import processes as module
 from wdat.errors import RunError, SettingError
-from wdat.processes import ALONE, Processes, cause, current, from_first, to_first
+from wdat.processes import ALONE, Processes, current, from_first, others_reached, to_first
 from wdat.processes import together as agreed
 
 
@@ -70,11 +70,39 @@ def test_a_setting_is_told_whatever_it_was_wrapped_in(together):
     inner = SettingError("model.name=x is unknown")
     wrapped = RuntimeError("Error in call to target")
     wrapped.__cause__ = inner
-    assert cause(wrapped) is inner
     found = together(2, lambda p: raising(p, [None, wrapped]))
     assert isinstance(found[0], SettingError)
     assert str(found[0]) == "process 1: model.name=x is unknown"
     assert found[1] is wrapped
+
+
+READ = "[/build/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:45: Connection reset by peer. This is advice. 🏖️"
+LATE = "[/build/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 4000ms for send operation to complete"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (READ, "Read error [127.0.0.1]:45: Connection reset by peer"),
+        (LATE, "Timed out waiting 4000ms for send operation to complete"),
+        ("Application timeout caused pair closure", "Application timeout caused pair closure"),
+    ],
+)
+def test_processes_that_cannot_be_reached_are_told_of(monkeypatch, said, told):
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 1)
+    with pytest.raises(RunError) as found, others_reached(lambda: "resume=RUN"), others_reached():
+        raise RuntimeError(said)
+    assert str(found.value).startswith(f"process 1 waited in vain for the others ({told}): one of them has failed")
+    assert str(found.value).endswith("training); resume=RUN")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 differ"), RunError("reset by peer"), ValueError("gloo/")]
+)
+def test_other_errors_have_nothing_to_do_with_processes(error):
+    with pytest.raises(type(error)) as found, others_reached(lambda: "resume=RUN"):
+        raise error
+    assert found.value is error
 
 
 @pytest.mark.parametrize("parts", [[[2, 0, 5, 1], [4, 3]], [[], [0, 1, 2, 3, 4]], [[1], [], [0, 2]], [[0]]])

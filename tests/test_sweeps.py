@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from script_runner import run_script
@@ -331,6 +332,30 @@ def test_a_run_that_leaves_no_records_fails(tmp_path):
 def test_a_command_that_fails_shows_its_last_words(tmp_path):
     with pytest.raises(smoke.FailedError, match=r"(?s)status 3.*not today"):
         smoke.start([sys.executable, "-c", "print('not today'); raise SystemExit(3)"], tmp_path / "run")
+
+
+@pytest.mark.slow  # starts a service
+@pytest.mark.filterwarnings("default")  # wandb's own
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [([{"val/acc": 0.25, "epoch": 1}, {"loss": 2.0}, {"val/acc": 0.5, "epoch": 2}], [0.25, 0.5]), ([{"loss": 2.0}], []),
+     ([{"val/acc": float("nan"), "epoch": 1}], None)],
+)  # fmt: skip
+def test_a_metric_must_have_been_logged_and_not_only_defined(rows, found, tmp_path, monkeypatch):
+    for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
+    with wandb.init(dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True)) as run:
+        run.define_metric("val/acc", step_metric="epoch")
+        for row in rows:
+            run.log(row)
+    wandb.teardown()  # when its service has ended the file is whole
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/acc" in file.read_bytes(), "the dashboard defines what it shows"
+    if found:
+        assert smoke.logged(tmp_path, "val/acc") == found
+    else:
+        with pytest.raises(smoke.FailedError, match="as val/acc in 1 runs"):
+            smoke.logged(tmp_path, "val/acc")
 
 
 def test_the_smoke_test_downloads_nothing():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from wdat.errors import SettingError
+from wdat.place import Place, place_of
 from wdat.processes import ALONE
-from wdat.team import Place, Team, check_timeout, place_of
+from wdat.team import Team, check_timeout
 
 SCRIPT = Path(__file__).parents[1] / "evaluate.py"
 PLACE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
@@ -49,11 +50,6 @@ def test_a_team_of_one_waits_for_nobody():
         assert team.first
         team.tell({"settings": {}})
         assert team.join(10) is ALONE
-        made = []
-        assert team.in_turn(lambda: made.append(1) or "made") == "made"
-        assert made == [1]
-        with pytest.raises(KeyError):
-            team.in_turn(lambda: {}["nothing"])
 
 
 @pytest.fixture

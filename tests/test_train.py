@@ -215,14 +215,20 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
     assert Path(records[-1].checkpoint).name == "best.ckpt", "the best is remembered"
 
 
-def test_two_jobs_in_one_process(tmp_path):
+def test_jobs_in_one_process_of_which_one_fails(tmp_path):
     shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
-    result = train("-m", *QUICK, *shorter, "seed=0,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    assert result.status == 0, result.err
-    jobs = [read(tmp_path / "sweep" / str(job) / "records.json") for job in (0, 1)]
+    result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.status == 2
+    said = result.err.splitlines()
+    assert said[0] == "error: seed=-1 must be a whole number from 0 to 2**32 - 1"
+    assert said[1] == "1 of 3 jobs failed:"
+    assert said[2].startswith("  #1 ")
+    assert said[2].endswith(" seed=-1")
+    assert len(said) == 3
+    jobs = [read(tmp_path / "sweep" / str(job) / "records.json") for job in (0, 2)]
     assert [[r.seed for r in job] for job in jobs] == [[0] * 9, [7] * 9]
     assert [r.loss_mean for r in jobs[0]] != [r.loss_mean for r in jobs[1]]
-    for job in (0, 1):
+    for job in (0, 2):
         assert (tmp_path / "sweep" / str(job) / "checkpoints" / "last.ckpt").exists()
         assert (tmp_path / "sweep" / str(job) / "curve.png").exists()
 

@@ -106,6 +106,18 @@ def damage(path: Path) -> str | None:
     return f"it has no {missing[0]}" if missing else None
 
 
+def steps(path: Path) -> int:
+    """Steps that were made when a checkpoint was written; its tensors are not read."""
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def way_on(run: Path) -> str:
+    """What the user can do with a run that has ended before its time."""
+    if (run / FOLDER / LAST).exists():
+        return f"go on with resume={run}"
+    return "nothing was saved yet: start the run again"
+
+
 def newest(run: Path) -> tuple[Path, str | None]:
     """The newest whole checkpoint of a run, and what to tell the user if it isn't the last one.
 
@@ -125,8 +137,7 @@ def newest(run: Path) -> tuple[Path, str | None]:
         raise SettingError(
             f"resume={run}: {last.name} can't be used ({fault}), nor can {before.name} ({second}); start the run again"
         )
-    state = torch.load(before, map_location="cpu", weights_only=True)
     return before, (
         f"{last.name} can't be used ({fault}): going on from the checkpoint before it, {before.name}, "
-        f"step {state['global_step']}"
+        f"step {steps(before)}"
     )

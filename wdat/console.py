@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from wdat.errors import RunError, SettingError, Stopped
+from wdat.errors import RunError, SettingError, Stopped, cause
 from wdat.records import Record
+
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+MEANT = (SettingError, RunError, MissingMandatoryValue)  # errors that speak to the user
 
 
 def printable(text: object) -> str:
@@ -52,30 +55,28 @@ def readable_errors() -> Iterator[None]:
         Console(stderr=True, soft_wrap=True).print(Text(str(stop) or "stopped"))
         sys.exit(128 + number)
     except Exception as error:
-        message = _message(error)
-        if message is None:
+        status = complain(error)
+        if status is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
-        sys.exit(1 if _cause(error, RunError) else 2)
+        sys.exit(status)
 
 
-def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The first error of a kind in the chain that led to this one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, kind):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+def complain(error: Exception) -> int | None:
+    """Print what was meant for the user; the exit status, or None where nothing was and nothing is printed."""
+    message = _message(error)
+    if message is None:
+        return None
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
+    return 1 if isinstance(cause(error, *MEANT), RunError) else 2
 
 
 def _message(error: BaseException) -> str | None:
-    """What to tell the user of an error in the settings; None for any other error."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (SettingError, RunError)):
-            return str(cause)
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} must be set: add {cause.full_key}=... to the command line"
-        cause = cause.__cause__ or cause.__context__
+    """What to tell the user of an error that is meant for them; None for any other error."""
+    meant = cause(error, *MEANT)
+    if isinstance(meant, MissingMandatoryValue):
+        return f"{meant.full_key} must be set: add {meant.full_key}=... to the command line"
+    if meant is not None:
+        return str(meant)
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, (TypeError, ValueError)):
         return str(error).replace("\nfull_key: ", "; look at the setting ")
     return None
@@ -178,6 +179,7 @@ def quiet_libraries() -> None:
     """Silence what libraries say about things that this project chose on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(LAUNCHER).setLevel(logging.INFO)  # says why it ends all processes
     for message in (
         ".*does not have many workers.*",  # images lie in memory; workers would only copy them
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # Lightning with new torch

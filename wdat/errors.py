@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 DIVERGED = (
     "go on from the last good checkpoint with a smaller schedule.optimizer.lr, with trainer.gradient_clip_val=1 or "
@@ -38,6 +38,19 @@ class Stopped(BaseException):
 
 class ConstraintError(RuntimeError):
     """An attack returned images outside its threat model; the message states the measured distance."""
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from or while handling, and so on to the first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def cause(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The first error of some kinds in the chain that led to an error, this one included; None if there is none."""
+    return next((found for found in chain(error) if isinstance(found, kinds)), None)
 
 
 def unknown(kind: str, name: object, valid: Iterable[str], setting: str) -> SettingError:

@@ -1,4 +1,4 @@
-"""The processes of one run: who started them, what they agree on, and what can't work.
+"""The processes of one run: what they agree on, and what can't work.
 
 Lightning starts them itself (`trainer.devices=2`), or they are started from outside: by torchrun, by SLURM's `srun`, or
 by submitit as the jobs of a sweep.
@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wdat.errors import SettingError
+from wdat.place import Place, outside
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "single_device")
 CLASSES = ("DDPStrategy", "SingleDeviceStrategy")
@@ -36,38 +36,6 @@ FIRST_PORT, PORTS = 10_000, 20_000  # below the ports that systems give away on 
 PATIENCE = timedelta(minutes=5)
 STARTER = "WDAT_STARTED_BY"  # an environment variable: the process that Lightning starts others from
 DRIVER = Path("/proc/driver/nvidia")
-
-
-@dataclass(frozen=True)
-class Outside:
-    """This process's place among processes that were started from outside.
-
-    Attributes:
-        starter: `torchrun`, `submitit` (on one machine) or `SLURM`.
-        rank: This process's number, from 0.
-        world: How many processes were started.
-        nodes: On how many machines.
-    """
-
-    starter: str
-    rank: int
-    world: int
-    nodes: int = 1
-
-
-def outside() -> Outside | None:
-    """Who started this process; None for a user, or for Lightning on the user's word."""
-    env = os.environ
-    if dist.is_available() and dist.is_torchelastic_launched():
-        world = int(env["WORLD_SIZE"])
-        return Outside("torchrun", int(env["RANK"]), world, world // int(env["LOCAL_WORLD_SIZE"]))
-    if env.get("SUBMITIT_EXECUTOR") == "local":
-        return Outside("submitit", int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"]))
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return Outside(
-            "SLURM", int(env.get("SLURM_PROCID", 0)), int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
-        )
-    return None
 
 
 def agreed(arguments: Sequence[str], prepare: Callable[[Sequence[str]], list[str]]) -> list[str]:
@@ -111,7 +79,7 @@ def _with_folder(arguments: list[str], name: str) -> list[str]:
     return arguments
 
 
-def _from_the_first(place: Outside, decide: Callable[[], list[str]]) -> list[str]:
+def _from_the_first(place: Place, decide: Callable[[], list[str]]) -> list[str]:
     """What the first of torchrun's processes decides, through the store by which they will find each other."""
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -147,7 +115,7 @@ def join_group() -> None:
         return
     port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS  # the id is that of the job's process
     os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK=os.environ["SUBMITIT_LOCAL_LOCALID"], NODE_RANK="0",
+        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), NODE_RANK="0",
         WORLD_SIZE=str(place.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     os.environ.pop("SLURM_NTASKS", None)  # of the allocation in which the sweep may run: not these processes
@@ -247,7 +215,7 @@ def device_count(accelerator: str, devices: Any) -> int:
     return trainer.num_devices
 
 
-def _check_started(place: Outside, asked: str, devices: int, nodes: int) -> None:
+def _check_started(place: Place, asked: str, devices: int, nodes: int) -> None:
     if (place.world, place.nodes) == (devices * nodes, nodes):
         return
     wanted = f"trainer.devices={place.world // place.nodes} trainer.num_nodes={place.nodes}"

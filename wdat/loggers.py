@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -28,17 +27,17 @@ OFFLINE = ("offline", "dryrun")
 WITHOUT_LOGIN = "log in with `wandb login`, set WANDB_MODE=offline to keep the run on this machine, or use logger=csv"
 
 
-def go_on(of_run: Iterable[Logger], checkpoint: Path) -> None:
+def go_on(of_run: Iterable[Logger], step: int) -> None:
     """Tell the loggers of a resumed run where it goes on; to be called before anything is logged.
 
     Args:
         of_run: The trainer's loggers; those of other libraries are left alone.
-        checkpoint: What the run is resumed from. Rows of the steps that it has seen are kept, later ones dropped.
+        step: Steps that were made when the checkpoint was written that the run is resumed from. Rows of these are
+            kept, later ones dropped.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     for logger in of_run:
         if isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger)):
-            logger.go_on(int(state["global_step"]))
+            logger.go_on(step)
 
 
 @contextmanager

@@ -7,14 +7,15 @@ What shares a budget is a *set*, and a set may be spread over several processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wdat.errors import RunError, SettingError
+from wdat.errors import RunError, SettingError, cause, chain
 
 PIECE = 512  # rows of a process that travel at once where a whole set is brought together
 
@@ -56,7 +57,7 @@ class Processes:
         """
         if not self.sum([float(error is not None)])[0]:
             return
-        said = error and cause(error)
+        said = error and (cause(error, SettingError, RunError) or error)
         known = isinstance(said, (SettingError, RunError))
         text = str(said) if known else f"{type(said).__name__}: {said}"
         told = {"rank": self.rank, "setting": isinstance(said, SettingError), "text": text}
@@ -68,14 +69,6 @@ class Processes:
         raise (SettingError if first["setting"] else RunError)(f"process {first['rank']}: {first['text']}")
 
 
-def cause(error: BaseException) -> BaseException:
-    """The `SettingError` or `RunError` that an error was made of on its way; the error itself if there is none."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, (SettingError, RunError)):
-        found = found.__cause__ or found.__context__
-    return found or error
-
-
 class TorchProcesses(Processes):
     """All processes of the default group of `torch.distributed`; every one must make the same calls."""
 
@@ -84,7 +77,7 @@ class TorchProcesses(Processes):
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self._others_reached():
+        with others_reached():
             dist.all_reduce(tensor, op=op)
             return [float(v) for v in tensor.tolist()]
 
@@ -101,21 +94,45 @@ class TorchProcesses(Processes):
         padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: values.shape[0]] = values
         parts = [torch.empty_like(padded) for _ in counts]
-        with self._others_reached():
+        with others_reached():
             dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    @contextmanager
-    def _others_reached(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise RunError(
-                f"process {self.rank} waited in vain for the others ({reason}): one of them has failed, and says why, "
-                "or was late by more than the time limit (process_timeout in evaluate.py, the strategy's timeout in "
-                "training)"
-            ) from error
+
+def _lost(error: BaseException) -> str | None:
+    """What the library says of other processes that it can't reach; None for any other error.
+
+    gloo has no kind of error of its own; its messages begin with the place in its source and end with advice.
+    """
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, RunError) or not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, dist.DistError) or any(word in text for word in ("gloo/", "by peer", "pair closure")):
+        return re.sub(r"^\[\S*\] *", "", text).partition(". ")[0]
+    return None
+
+
+@contextmanager
+def others_reached(remedy: Callable[[], str] | None = None) -> Iterator[None]:
+    """Tell in a `RunError` of other processes that can't be reached, whether for us or for a library's own sums.
+
+    Args:
+        remedy: What to do about it, asked for where it is needed.
+
+    Raises:
+        RunError: If one of them has gone, or is late.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(filter(None, map(_lost, chain(error))), None)
+        if reason is None:
+            raise
+        raise RunError(
+            f"process {dist.get_rank()} waited in vain for the others ({reason}): one of them has failed, and "
+            "says why, or was late by more than the time limit (process_timeout in evaluate.py, the strategy's timeout "
+            f"in training){f'; {remedy()}' if remedy else ''}"
+        ) from error
 
 
 ALONE = Processes()

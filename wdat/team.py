@@ -1,4 +1,4 @@
-"""The processes that run one script together: where each stands, what the first tells the others, and their group.
+"""The processes that run one script together: what the first tells the others, and their group.
 
 `torchrun` and many schedulers start the same command several times and tell each process its place in the environment.
 The first process alone reads the command line and writes files; it tells the others what to do.
@@ -10,12 +10,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,60 +22,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from wdat.errors import RunError, SettingError
-from wdat.processes import Processes, current, together
-
-T = TypeVar("T")
+from wdat.place import Place
+from wdat.processes import Processes, current
 
 CPU = torch.device("cpu")
 PATIENCE = timedelta(seconds=300)  # for the others to start, and to be told the next task
 FAREWELL = timedelta(seconds=5)  # for the others to hear of the end
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands.
-
-    Attributes:
-        rank: Its number, from 0.
-        world: How many processes there are.
-        local_rank: Its number on its machine, from 0.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-
-
-def place_of(environment: Mapping[str, str]) -> Place:
-    """The place that WORLD_SIZE, RANK and LOCAL_RANK state, as torchrun sets them; alone without WORLD_SIZE.
-
-    Raises:
-        SettingError: If WORLD_SIZE is more than 1 and one of the others, or the meeting point, is missing or no number.
-    """
-    world = _number(environment, "WORLD_SIZE") if environment.get("WORLD_SIZE") else 1
-    if world <= 1:
-        return Place()
-    if not environment.get("MASTER_ADDR"):
-        raise SettingError(_incomplete("MASTER_ADDR", "is not set"))
-    _number(environment, "MASTER_PORT")
-    rank, local_rank = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
-    if rank >= world:
-        raise SettingError(_incomplete(f"RANK={rank}", f"is not below WORLD_SIZE={world}"))
-    return Place(rank, world, local_rank)
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
-    if not text.isdecimal():
-        raise SettingError(_incomplete(name, "is not set") if not text else _incomplete(f"{name}={text}", "is odd"))
-    return int(text)
-
-
-def _incomplete(what: str, fault: str) -> str:
-    return (
-        f"the environment asks for several processes, but {what} {fault}: start them with torchrun "
-        "--nproc_per_node=N, set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE"
-    )
 
 
 class Team:
@@ -169,15 +120,6 @@ class Team:
                 raise RunError(f"process {self.place.rank} couldn't join the others ({_line(error)})") from error
             self._joined = True
         return current(CPU)
-
-    def in_turn(self, make: Callable[[], T]) -> T:
-        """What `make` gives, on the first process of each machine before the others, so that downloads happen once."""
-        made: list[T] = []
-        for turn in (True, False):
-            with together(current(CPU)):
-                if (self.place.local_rank == 0) is turn:
-                    made.append(make())
-        return made[0]
 
 
 def check_timeout(timeout: Any) -> None:

@@ -27,6 +27,28 @@ def test_the_tables_of_the_pages_are_made_from_the_records():
         assert table in (synthetic if "loading a batch" in table else readme)
 
 
+def test_the_page_on_the_method_quotes_the_record_of_near_ties():
+    rows = json.loads((ROOT / "results" / "near_ties.json").read_text())["rows"]
+    (row,) = [row for row in rows if (row["loss"], row["norm"]) == ("redlr", "linf")]
+    said = " ".join((ROOT / "docs" / "method.md").read_text().split())
+    assert f"budget of {row['n']} images" in said
+    assert f"one near tie takes {100 * row['share']:.0f} %, with a radius of {row['radius']:.0f} δ" in said
+    for row in rows:
+        assert row["radius"] ** 2 / row["n"] == pytest.approx(row["share"], rel=1e-4)
+        assert row["gap"] < 0.1 * row["median_gap"], "a near tie"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path):
+    record = tmp_path / "near_ties.json"
+    images = shared / "data/cifar10_subset.npz"
+    run("near_ties", "--checkpoint", shared / "models/resnet2b.pt", "--data", images, "--output", record)
+    found, committed = (json.loads(file.read_text())["rows"] for file in (record, ROOT / "results" / "near_ties.json"))
+    assert [row.keys() for row in found] == [row.keys() for row in committed]
+    for one, other in zip(found, committed, strict=True):
+        assert one == {k: v if isinstance(v, (str, int)) else pytest.approx(v, rel=1e-3) for k, v in other.items()}
+
+
 @pytest.mark.slow
 def test_the_step_benchmark(tmp_path):
     record = tmp_path / "step.json"
@@ -84,7 +106,7 @@ def test_the_pool_benchmark(shared, tmp_path):
     assert all(times["min"] > 0 for times in found["disk"]["milliseconds"].values())
 
 
-@pytest.mark.parametrize("module", ["upsilon", "step", "pool"])
+@pytest.mark.parametrize("module", ["upsilon", "step", "pool", "near_ties"])
 def test_missing_images_are_named(module, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{module}", "--data", str(tmp_path / "no.npz"), "--output"]
     command += [str(tmp_path / "record.json"), "--network", "small_cnn"]

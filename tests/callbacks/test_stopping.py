@@ -78,14 +78,19 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, at, digits, fresh,
         assert torch.equal(value, weights(resumed)[key]), key
 
 
-def test_a_second_signal_stops_at_once(digits, make_module, make_trainer, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(number, digits, make_module, make_trainer, tmp_path):
     trainer = make_trainer(
-        Send(signal.SIGTERM, step=1, times=2), GracefulStop(tmp_path / "last.ckpt", "RUN"), max_epochs=2, max_steps=-1
+        Send(number, step=1, times=2), GracefulStop(tmp_path / "last.ckpt", "RUN"), max_epochs=2, max_steps=-1
     )
-    with pytest.raises(SystemExit):  # as Lightning leaves after a keyboard interrupt
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(
+        Stopped, match=f"stopped by {number.name} at once; nothing was saved yet: start .* again"
+    ) as stop:
         trainer.fit(make_module(), digits())
+    assert stop.value.number == number
     assert not (tmp_path / "last.ckpt").exists()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_the_last_checkpoint_is_written_each_epoch_and_by_the_clock_but_never_after_a_last_step_alone(

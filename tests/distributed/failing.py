@@ -19,7 +19,7 @@ from wdat.attacks import Context, build
 from wdat.attacks.base import Attack, Moved
 from wdat.errors import ConstraintError
 from wdat.evaluation import ImageTensors, evaluate
-from wdat.processes import current, together
+from wdat.processes import current, others_reached, together
 from wdat.threat import ThreatModel
 
 THREAT = ThreatModel(2, "linf", 0.1)
@@ -61,6 +61,14 @@ def attempt(work: Callable[[], object]) -> list[str]:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def summed_by_torch(network: nn.Module, x: Tensor) -> None:
+    """Training whose gradients PyTorch sums over the processes, not we."""
+    divided = nn.parallel.DistributedDataParallel(network)
+    with others_reached(lambda: "go on with resume=RUN"):
+        for _ in range(5):
+            divided(x).sum().backward()
 
 
 def main() -> None:
@@ -105,6 +113,8 @@ def main() -> None:
     elif mode == "hang":
         network = Disturbed(lambda: time.sleep(4 * seconds))
         found = [attempt(lambda: measure(network, ImageTensors(x, y), ["wpgd"]))]
+    elif mode == "ddp":
+        found = [attempt(lambda: summed_by_torch(Disturbed(lambda: sys.exit(3)), x))]
     print(json.dumps(found))
     dist.destroy_process_group()
 

@@ -86,18 +86,11 @@ def same_weights(start, one, first, second, name, moved=1e-4):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_two_processes_train_what_one_does(compared):
-    start, one, first, second = compared(list(CASES.values()))
-    for name, *weights in zip(CASES, one, first, second, strict=True):
-        same_weights(start, *weights, name)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
-def test_also_a_part_of_the_network_and_unequal_shares(compared):
-    start, one, first, second = compared(list(OTHERS.values()))
-    for name, *weights in zip(OTHERS, one, first, second, strict=True):
+@pytest.mark.parametrize("cases", [CASES, OTHERS], ids=["whole", "in part and in unequal shares"])
+def test_two_processes_train_what_one_does(compared, cases):
+    start, one, first, second = compared(list(cases.values()))
+    for name, *weights in zip(cases, one, first, second, strict=True):
         same_weights(start, *weights, name)
 
 

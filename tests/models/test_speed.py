@@ -52,6 +52,12 @@ def pretrained(data):
     return network.eval()
 
 
+def made(network, **options):
+    """W-DAT of a network; the options are the attack's."""
+    attack, optimizer = build("wpgd_budget", loss="kl", **options), partial(torch.optim.SGD, lr=0.01)
+    return WDATModule(network, Objective(beta_w=6), attack, THREAT, Table(), optimizer, Constant(), seed=SEED)
+
+
 def trained(network, data, precision="32-true", steps=12):
     """A short W-DAT training: Υ at its end, and the validation accuracies, measured in float32."""
     network = copy.deepcopy(network)
@@ -59,17 +65,7 @@ def trained(network, data, precision="32-true", steps=12):
 
 
 def finish(network, data, precision, steps):
-    attack = build("wpgd_budget", loss="kl", steps=5, step_size=0.4, radius_max=4.0)
-    module = WDATModule(
-        network,
-        Objective(beta_w=6),
-        attack,
-        THREAT,
-        Table(),
-        partial(torch.optim.SGD, lr=0.01),
-        Constant(),
-        seed=SEED,
-    )
+    module = made(network, steps=5, step_size=0.4, radius_max=4.0)
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision=precision,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
@@ -156,17 +152,7 @@ def test_training_and_its_attacks_run_in_bf16_and_evaluation_in_float32(pretrain
         def on_validation_end(self, trainer, module):
             seen["validation"] = dict(network.seen)
 
-    attack = build("wpgd_budget", loss="kl", steps=2, step_size=0.5)
-    module = WDATModule(
-        network,
-        Objective(beta_w=6),
-        attack,
-        THREAT,
-        Table(),
-        partial(torch.optim.SGD, lr=0.01),
-        Constant(),
-        seed=SEED,
-    )
+    module = made(network, steps=2, step_size=0.5)
     trainer = L.Trainer(
         max_epochs=1, limit_train_batches=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         precision="bf16-mixed", enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

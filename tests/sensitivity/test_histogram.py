@@ -156,3 +156,9 @@ def test_mostly_zeros_have_a_quantile_of_zero():
     histogram = _held(torch.cat([torch.zeros(98), torch.ones(2)]))
     assert histogram.quantile(0.98) == 0.0
     assert histogram.quantile(0.99) == 1.0
+
+
+def test_parts_of_numbers_add_up_to_whole_ones():
+    histogram = Histogram(2.0)
+    histogram.counts[5] = math.nextafter(3.0, 0.0)
+    assert len(histogram) == 3

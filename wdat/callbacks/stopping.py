@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 
+from wdat.checkpoints import way_on
 from wdat.console import PlainConsole
 from wdat.errors import Stopped
 from wdat.processes import current
@@ -45,7 +46,7 @@ class GracefulStop(L.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
             self._release()
-            raise KeyboardInterrupt
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} at once; {way_on(self.resume)}")
         self._signal = number
         if self._speaks:
             name = signal.Signals(number).name

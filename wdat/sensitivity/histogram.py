@@ -6,8 +6,6 @@ is therefore 1.6 % wide at most, whatever the magnitude, and its number needs no
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -71,4 +69,4 @@ class Histogram:
 
     def __len__(self) -> int:
         """How many numbers were put in."""
-        return math.floor(float(self.counts.sum()))
+        return round(float(self.counts.sum()))

@@ -5,20 +5,45 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from types import SimpleNamespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 BLOCK, HEADER = 32768, 7
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def payloads(content):
+@dataclass
+class Told:
+    """What a run has told W&B.
+
+    Attributes:
+        history: Its rows, in order.
+        config: Its settings.
+        metrics: Names of metrics that were defined, logged or not, with the names of their axes.
+        artifacts: Kind and files of each artifact, by name.
+        exit_code: Of the run; None where it hasn't ended.
+        run: Its name, group and tags, as W&B's own record.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    exit_code: int | None = None
+    run: Any = None
+
+
+def payloads(content: bytes) -> Iterator[bytes]:
     """The records' bytes.
 
     A file begins with `:W&B`, a magic number and a version, in all as long as the header of a chunk. Each chunk has a
     checksum, a length and a kind, and none crosses the end of a block.
     """
     assert content[:4] == b":W&B"
-    at, parts = HEADER, []
+    at = HEADER
+    parts: list[bytes] = []
     while at + HEADER <= len(content):
         if BLOCK - at % BLOCK < HEADER:  # too short for a chunk, filled with zeros
             at += BLOCK - at % BLOCK
@@ -35,11 +60,11 @@ def payloads(content):
             parts = []
 
 
-def read(path):
-    """What a run has told W&B: `history` rows, `config`, `metrics` with their axes, `artifacts`, `exit_code`, `run`."""
-    from wandb.proto.wandb_internal_pb2 import Record
+def read(path: Path) -> Told:
+    """What a run has told W&B, from its file `*.wandb`."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    found = SimpleNamespace(history=[], config={}, metrics={}, artifacts={}, exit_code=None, run=None)
+    found = Told()
     for payload in payloads(path.read_bytes()):
         record = Record.FromString(payload)
         kind = record.WhichOneof("record_type")

@@ -1,0 +1,111 @@
+"""Checkpoints of the module."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning as L  # noqa: N812 (the customary name)
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_training import (
+    QUIET,
+    SEED,
+    digits,
+    distributional,
+    fit,
+    module_for,
+    same,
+    small_cnn,
+    trainer_for,
+    with_batchnorm,
+)
+
+from wdat.sensitivity import Batch, Ema, Exact, Subsample, Table
+
+pytestmark = QUIET
+
+
+KINDS = {
+    "table": Table,
+    "batch": Batch,
+    "ema": Ema,
+    "exact": partial(Exact, every=2),
+    "subsample": partial(Subsample, 20, 2),
+}
+
+
+def saved(tmp_path, **options):
+    return ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, save_last=True, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimator_is_in_the_checkpoint(data, tmp_path, kind):
+    module = module_for(small_cnn(), sensitivity=KINDS[kind]())
+    trainer_for(epochs=1, callbacks=[saved(tmp_path)], enable_checkpointing=True).fit(module, data)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    wanted = {"name": kind, **module.sensitivity.state_dict()}
+    assert set(checkpoint["sensitivity"]) == set(wanted)
+    for key, value in checkpoint["sensitivity"].items():
+        assert value is not None
+        assert torch.equal(value, wanted[key]) if isinstance(value, torch.Tensor) else value == wanted[key]
+
+    fresh = module_for(small_cnn(), sensitivity=KINDS[kind]())
+    fresh.on_load_checkpoint(checkpoint)
+    fresh.sensitivity.begin(48, 2.0, SEED, module.sensitivity.processes)  # as on_fit_start does afterwards
+    assert fresh.sensitivity.upsilon() == module.sensitivity.upsilon()
+
+
+def test_the_state_of_another_estimator_is_left_out(data, tmp_path):
+    module = fit(module_for(small_cnn(), sensitivity=Ema()), data, 1)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    other = module_for(small_cnn(), sensitivity=Batch())
+    other.on_load_checkpoint(checkpoint)
+    assert other.sensitivity.sample() is None
+    other.on_load_checkpoint({})  # a checkpoint without any
+
+
+class Stop(L.Callback):
+    """Stops a run after so many steps, as a kill would, with a checkpoint."""
+
+    def __init__(self, steps, path):
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [3, 4])  # at the end of an epoch of three steps, and inside the next
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, steps, pooled, pool):
+    def make():
+        return module_for(with_batchnorm(), sensitivity=KINDS[kind](), schedule=lambda t: 1 - 0.9 * t)
+
+    def read():
+        return digits(synthetic={"path": pool, "sample": 30} if pooled else None)
+
+    whole = fit(make(), read(), -1, epochs=3)
+    path = tmp_path / "stopped.ckpt"
+    with pytest.raises(InterruptedError):
+        fit(make(), read(), -1, epochs=3, callbacks=[Stop(steps, path)])
+    resumed = make()
+    trainer = trainer_for(epochs=3)
+    trainer.fit(resumed, read(), ckpt_path=path)
+    assert trainer.global_step == 9
+    assert same(resumed.network, whole.network)
+    assert resumed.sensitivity.upsilon() == whole.sensitivity.upsilon()
+
+
+def test_the_run_is_a_function_of_the_seed(data):
+    def run(seed):
+        return fit(module_for(small_cnn(), seed=seed, attack=distributional("pgd")), data, 2).network
+
+    torch.manual_seed(1)
+    one = run(1)
+    torch.manual_seed(2)  # the global generator has no say
+    assert same(run(1), one)
+    assert not same(run(2), one)

@@ -1,0 +1,237 @@
+"""Nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile import EVALUATE, EVALUATED, PROGRAMS, ROOT, TRAIN, TRAINED
+from omegaconf import OmegaConf
+from script_runner import run_script
+
+from wdat.checkpoints import damage
+from wdat.data import cifar
+from wdat.data.npz import npz
+from wdat.errors import SettingError
+from wdat.evaluation.session import read_radii
+from wdat.models import load_network
+
+
+class Payload:
+    """Would leave a trace when unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """`trap(kind, path)` writes a pickle that runs code; `trap.sprung()` says whether it ran."""
+    trace = tmp_path / "trace"
+
+    def write(kind, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"state_dict": {"x": torch.zeros(1)}, "args": Payload(trace)}
+        if kind == "pickle":
+            path.write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+        return path
+
+    write.object, write.sprung = Payload(trace), trace.exists
+    return write
+
+
+KINDS = ["zip", "legacy", "pickle"]
+
+
+def test_the_trap_would_spring(trap, tmp_path):
+    """Guards the guard."""
+    torch.load(trap("zip", tmp_path / "x.pt"), weights_only=False)
+    assert trap.sprung()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["network.pt", "last.ckpt", "best.ckpt"])
+def test_a_checkpoint_runs_no_code(trap, tmp_path, kind, name):
+    with pytest.raises(SettingError, match=r"nothing is unpickled here.*model\.checkpoint"):
+        load_network("small_cnn", checkpoint=trap(kind, tmp_path / name))
+    assert not trap.sprung()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_resumed_runs_no_code(trap, tmp_path, kind):
+    assert damage(trap(kind, tmp_path / "best.ckpt"))
+    run = tmp_path / "run"
+    for name in ("last.ckpt", "last.previous.ckpt", "best.ckpt"):
+        trap(kind, run / "checkpoints" / name)
+    (run / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(TRAINED), run / ".hydra" / "overrides.yaml")
+    result = run_script(TRAIN, f"resume={run}")
+    assert (result.status, result.err.count("\n")) == (2, 1), result.err
+    assert "last.ckpt can't be used" in result.err
+    assert not trap.sprung()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flips_that_were_kept_run_no_code(trap, tmp_path, kind):
+    file = trap(kind, tmp_path / "run" / "flips_linf.pt")
+    result = run_script(EVALUATE, *EVALUATED, "data=digits", "data.limit_test=8", f"hydra.run.dir={file.parent}")
+    assert not trap.sprung()
+    assert result.status == 2, result.err
+    assert "flips_linf.pt" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_zoos_weights_run_no_code(trap, tmp_path, zoo_entry, kind):
+    trap(kind, tmp_path / "cifar10" / "Linf" / "Tiny2024.pt")
+    with pytest.raises(SettingError, match=r"nothing is unpickled here.*model\.root"):
+        load_network(zoo_entry("Tiny2024"), root=tmp_path)
+    assert not trap.sprung()
+    assert not zoo_entry.asked
+
+
+def test_timms_weights_run_no_code(trap, tmp_path, zoo_entry, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    trap("zip", tmp_path / "hub" / "checkpoints" / "debenedetti2022light-xcit-s-cifar10-linf.pth.tar")
+    with pytest.raises(SettingError, match="nothing is unpickled here"):
+        load_network("Debenedetti2022Light_XCiT-S12", root=tmp_path)
+    assert not trap.sprung()
+    assert not zoo_entry.asked
+
+
+def test_constructors_of_the_zoo_run_no_code(trap, tmp_path, zoo_entry):
+    """torchvision's and timm's loaders ask for unpickling; files in their caches are as little trusted as others."""
+    file = trap("zip", tmp_path / "cache.pth")
+    asks = zoo_entry("Asks2024", lambda: torch.load(file, weights_only=False))
+    for checkpoint in (None, file):
+        (tmp_path / "cifar10" / "Linf").mkdir(parents=True, exist_ok=True)
+        torch.save({}, tmp_path / "cifar10" / "Linf" / "Asks2024.pt")
+        with pytest.raises(SettingError, match="Asks2024"):
+            load_network(asks, root=tmp_path, checkpoint=checkpoint)
+        assert not trap.sprung()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1", "as it was"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_images_and_radii_run_no_code(trap, tmp_path):
+    poison = np.array([trap.object, trap.object], dtype=object)
+    file, single = tmp_path / "x.npz", tmp_path / "x.npy"
+    np.savez(file, **dict.fromkeys(("x_train", "y_train", "x_test", "y_test", "radii"), poison))
+    np.save(single, poison)
+    for path in (file, single, trap("pickle", tmp_path / "p.npz"), trap("zip", tmp_path / "z.npz")):
+        with pytest.raises(SettingError, match=re.escape(f"data.path={path}")):
+            npz(path)
+        with pytest.raises(SettingError, match=re.escape(f"certified={path}")):
+            read_radii(path, 2)
+    assert not trap.sprung()
+
+
+def test_cifars_files_are_opened_only_if_they_are_the_published_ones(trap, tmp_path, monkeypatch):
+    """They are pickles, which torchvision reads: by their published checksums, or not at all."""
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        trap("pickle", tmp_path / "cifar-10-batches-py" / name)
+    with pytest.raises(SettingError, match=r"wrong checksum.*data\.download"):
+        cifar.cifar10(tmp_path, download=False)
+    monkeypatch.setattr(cifar, "fetch", lambda *_: None)  # as if they were exchanged after the first look
+    with pytest.raises(SettingError, match=r"data\.root"):
+        cifar.cifar10(tmp_path, download=False)
+    assert not trap.sprung()
+
+
+UNSAFE = {
+    "pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "builtins.eval", "eval",
+    "exec", "builtins.exec", "compile", "__import__", "yaml", "os.system", "os.popen", "os.exec", "os.spawn", "pty",
+    "torch.jit.load", "torch.hub.load", "torch.package", "torch.distributed.all_gather_object", "pandas.read_pickle",
+    "torch.distributed.broadcast_object_list", "torch.distributed.gather_object", "torch.serialization",
+    "torch.distributed.recv_object_list", "torch.distributed.scatter_object_list", "numpy.lib.format",
+}  # fmt: skip
+HARMLESS = {"pickle.UnpicklingError", "yaml.safe_load", "yaml.YAMLError"}
+NEEDED = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
+
+
+def unsafe(text):
+    """What a program uses that can run what it reads, or that would if it were told so."""
+    tree = ast.parse(text)
+    known = {name: name for name in ("eval", "exec", "compile", "__import__")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+
+    def full(node):
+        if isinstance(node, ast.Attribute):
+            inner = full(node.value)
+            return inner and f"{inner}.{node.attr}"
+        return known.get(node.id) if isinstance(node, ast.Name) else None
+
+    found, called, inner = [], {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called[node.func] = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        if isinstance(node, ast.Attribute):
+            inner.add(node.value)
+    for node in ast.walk(tree):
+        name = full(node) if isinstance(node, (ast.Attribute, ast.Name)) and node not in inner else None
+        if not name:
+            continue
+        given = called.get(node)
+        parts = name.split(".")
+        if name in NEEDED:
+            key, value = NEEDED[name]
+            bad = given is None or given.get(key) is not value
+        else:
+            bad = any(".".join(parts[:k]) in UNSAFE for k in range(1, len(parts) + 1)) and name not in HARMLESS
+            bad |= bool(re.match(r"os\.(exec|spawn)", name)) or (given or {}).get("shell", False) is not False
+        found += [name] if bad else []
+    return found
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_program_reads_what_could_run(file):
+    assert unsafe(file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\ntorch.load(f)", "import torch as t\nt.load(f, weights_only=False)", "eval(x)", "exec(x)",
+        "f = eval", "from torch import load\nload(f)", "import torch\nread = torch.load",
+        "import pickle\npickle.load(f)",
+        "import torch\ntorch.load(f, weights_only=flag)", "from pickle import loads\nloads(b)",
+        "import numpy as np\nnp.load(f)", "import numpy\nnumpy.load(f, allow_pickle=1)", "import os\nos.system(c)",
+        "import subprocess\nsubprocess.run(c, shell=True)", "import yaml\nyaml.load(f)", "import os\nos.execv(a, b)",
+        "import marshal\nmarshal.loads(f)", "import torch.distributed as dist\ndist.all_gather_object(a, b)",
+        "from torch import distributed as d\nd.gather_object(a)",
+    ],
+)  # fmt: skip
+def test_the_reader_of_programs_sees_what_is_unsafe(text):
+    assert unsafe(text)
+
+
+def test_the_reader_of_programs_passes_what_is_safe():
+    text = "import torch, numpy as np, pickle, subprocess\ntorch.load(f, weights_only=True)\nnetwork.eval()\n"
+    text += "np.load(f, allow_pickle=False)\nexcept_ = pickle.UnpicklingError\nsubprocess.run(['git'], shell=False)"
+    assert unsafe(text) == []
+
+
+def test_configurations_name_only_classes_that_read_no_pickles():
+    """And take nothing from the environment, which would be written into `.hydra`."""
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        for target in re.findall(r"_target_:\s*(\S+)", text):
+            assert target.startswith(("wdat.", "lightning.", "torch.optim.")), file
+        assert "oc.env" not in text, file
