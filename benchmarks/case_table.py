@@ -41,6 +41,7 @@ TESTS = {
 KNAPSACKS = {"w2": (2.0, 1), "w2_2": (2.0, 2), "w4": (4.0, 1), "w4_2": (4.0, 2)}
 BASE, CONTROL, MAIN = "as_found", "pgd_at", "w2"
 RESAMPLES = 400
+SHORT = ("clean", "pgd", "wpgd", "w2")  # what the README shows
 RECORD = Path("results/case_study.json")
 PICTURE = Path("docs/case-study.png")
 COLUMNS = {
@@ -139,16 +140,22 @@ def finished(place: Path, test: str) -> dict[int, Path]:
     return {s: p for s, p in candidates.items() if (p / "distances_linf.npz").exists()}
 
 
-def table(found: Sequence[dict[str, Any]], network: str, test: str) -> str:
-    """Markdown: accuracies in percent, mean over seeds (standard deviation), and differences of the main figure."""
+def table(found: Sequence[dict[str, Any]], network: str, test: str, columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """Markdown: accuracies in percent, mean over seeds (standard deviation), and differences of the main figure.
+
+    On validation images, which the networks as found have seen, nothing is compared with these.
+    """
     mine = [row for row in found if row["network"] == network and row["test"] == test]
-    keys = [k for k in COLUMNS if any(k in row["mean"] for row in mine)]
-    head = ["arm", "seeds", *(COLUMNS[k] for k in keys), "− as found", "− control"]
+    keys = [k for k in columns if any(k in row["mean"] for row in mine)]
+    compared = {"base": "− as found", "control": "− control"}
+    if test == "val":
+        del compared["base"]
+    head = ["arm", "seeds", *(COLUMNS[k] for k in keys), *compared.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in mine:
         cells = [row["says"], str(len(row["seeds"])) if row["arm"] != BASE else ""]
         cells += [_cell(row, key) for key in keys]
-        cells += [_difference(row.get(name)) for name in ("base", "control")]
+        cells += [_difference(row.get(name)) for name in compared]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -165,8 +172,8 @@ def _difference(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     low, high = found["seeds_low"], found["seeds_high"]
-    seeds = "" if low is None else f"; {low:+.1f} to {high:+.1f}"
-    return f"{found['mean']:+.2f} [{found['images_low']:+.1f}, {found['images_high']:+.1f}{seeds}]"
+    seeds = "" if low is None else f"; {low:+.1f}, {high:+.1f}"
+    return f"{found['mean']:+.1f} [{found['images_low']:+.1f}, {found['images_high']:+.1f}{seeds}]"
 
 
 def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
@@ -202,6 +209,8 @@ def main() -> None:
     found = json.loads(args.record.read_text())["rows"]
     for network, test in dict.fromkeys((row["network"], row["test"]) for row in found):
         print(f"\n{network}, {TESTS[test]}\n\n{table(found, network, test)}")
+    if any(row["test"] == "test_jpeg" for row in found):
+        print(f"\nin short\n\n{table(found, 'resnet2b', 'test_jpeg', SHORT)}")
 
 
 if __name__ == "__main__":

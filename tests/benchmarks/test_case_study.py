@@ -50,6 +50,15 @@ def test_every_arm_composes_and_is_what_it_says(arm):
         assert objective.beta_w == (1 if not objective.clean else 3 if arm == "combined" else 6)
 
 
+def test_the_experiment_file_is_the_arm_that_was_best():
+    arm = grids.composed(commands("critical_draw")[0][1:])
+    file = grids.composed(["experiment=critical_draw", "threat.delta=2/255", "seed=3"])
+    for key in ("attack", "objective", "averaging", "schedule", "sensitivity", "finetune", "threat", "channels_last"):
+        assert file[key] == arm[key], key
+    assert (file.data.crop, file.data.flip, file.data.batch_size) == (0, arm.data.flip, arm.data.batch_size)
+    assert file.trainer.max_epochs == arm.trainer.max_epochs
+
+
 @pytest.mark.parametrize("arm", list(case_study.ARMS))
 def test_every_evaluation_composes(arm):
     for name, command in commands(arm)[1].items():
@@ -110,7 +119,30 @@ def test_the_tables_are_of_the_distances_and_records(tmp_path, capsys):
     text = case_table.table(found, "resnet2b", "test_jpeg").splitlines()
     assert len(text) == 2 + 3
     assert f"| {100 * draw['mean']['w2']:.1f} (" in text[-1]
-    assert f"{draw['base']['mean']:+.2f} [" in text[-1]
+    assert f"{draw['base']['mean']:+.1f} [" in text[-1]
+
+
+def test_on_validation_images_nothing_is_compared_with_the_network_as_found(tmp_path):
+    d = torch.linspace(0, 0.05, 100, dtype=torch.float64)
+    finish(tmp_path / "resnet2b/as_found/val", d, 0.7)
+    finish(tmp_path / "resnet2b/trades/seed0/val", d, 0.7)
+    head, _, found, trades = case_table.table(case_table.rows(tmp_path), "resnet2b", "val").splitlines()
+    assert "as found |" in found
+    assert "− control" in head
+    assert "− as found" not in head
+    assert head.count("|") == trades.count("|")
+
+
+@pytest.mark.parametrize(
+    ("record", "page"), [("case_study", "docs/case-study.md"), ("case_search", "docs/case-study.md")]
+)
+def test_the_page_has_the_tables_of_the_records(record, page):
+    rows = json.loads((ROOT / f"results/{record}.json").read_text())["rows"]
+    text = (ROOT / page).read_text()
+    for network, test in {(row["network"], row["test"]) for row in rows}:
+        assert case_table.table(rows, network, test) in text
+    if record == "case_study":
+        assert case_table.table(rows, "resnet2b", "test_jpeg", case_table.SHORT) in (ROOT / "README.md").read_text()
 
 
 def test_no_finished_row_is_an_error(tmp_path):
