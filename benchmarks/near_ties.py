@@ -2,9 +2,9 @@
 
     python -m benchmarks.near_ties [--network resnet2b] [--checkpoint FILE] [--data FILE.npz]
 
-The test images of an npz file, p = 2, sensitivity radii δ_i = δ n_i/Υ over all of them. The share of the budget of image
-i is δ_i²/(N δ²), whatever the budget is; its gap is that between its largest and its third largest logit, by which
-ReDLR divides.
+The test images of an npz file, p = 2, sensitivity radii δ_i = δ n_i/Υ over all of them. The share of the budget of
+image i is δ_i²/(N δ²), whatever the budget is; its gap is that between its largest and its third largest logit, by
+which ReDLR divides.
 """
 
 from __future__ import annotations
