@@ -207,6 +207,15 @@ def test_files_named_in_the_prose_exist(page):
         assert (ROOT / name).exists(), name
 
 
+def test_the_map_of_the_readme_has_every_part():
+    (rows,) = re.findall(r"^\| where \| what \|\n\| --- \| --- \|\n((?:\|.*\n)+)", prose("README.md"), re.M)
+    named = [name for row in rows.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    parts = [name for name in named if "." not in name and "/" not in name]
+    package = [file for file in (ROOT / "wdat").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()]
+    assert sorted(parts) == sorted(file.stem for file in package if file.stem != "__init__")
+    assert all((ROOT / name).exists() for name in set(named) - set(parts))
+
+
 def test_the_index_has_every_page():
     index = PAGES["docs/README.md"].read_text("utf-8")
     for page in DOCS.glob("*.md"):
