@@ -143,7 +143,7 @@ def evaluations(network: str, arm: str, seed: int, data: Path, place: Path, auto
         ],
         "test_original": [
             *common, f"data.path={SHARED / 'data/cifar10_subset.npz'}", "losses=[ce,redlr]", f"attacks=[{attacks}]",
-            "deltas=[2/255,4/255]", "save_distances=true", f"hydra.run.dir={place / 'test_original'}",
+            "save_distances=true", f"hydra.run.dir={place / 'test_original'}",
         ],
     }  # fmt: skip
 
