@@ -66,7 +66,7 @@ def measured(place: Path) -> dict[str, float]:
 
 def flips(place: Path) -> Tensor:
     """Nearest-flip distances (N,) of one evaluation, in pixel units."""
-    with np.load(place / "distances_linf.npz") as file:
+    with np.load(place / "distances_linf.npz", allow_pickle=False) as file:
         return torch.from_numpy(file["distances"])
 
 

@@ -53,7 +53,7 @@ def network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setitem(zoo.CLASSES, "imagenet", 4)
-    monkeypatch.setattr(zoo, "load_zoo", lambda *_: made.eval())
+    monkeypatch.setattr("wdat.models.build.load_zoo", lambda *_: made.eval())
     return made
 
 

@@ -45,7 +45,7 @@ def weights(digits):
     for step in range(25):
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(step))[:64]
         optimizer.zero_grad()
-        logits = network(images.images[rows].float() / 255)
+        logits = network(images.pixels(rows, None).float() / 255)
         torch.nn.functional.cross_entropy(logits, images.labels[rows]).backward()
         optimizer.step()
     return network.state_dict()

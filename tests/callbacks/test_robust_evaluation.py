@@ -19,9 +19,14 @@ from wdat.threat import ThreatModel
 KEYS = {"acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"}
 
 
+def pixels_of(images):
+    """All images of a split, in [0, 1]."""
+    return images.pixels(torch.arange(len(images)), None).float() / 255
+
+
 def outside(network, data, split, evaluation, threat):
     images = data.images(split)
-    loader = [(images.images.float() / 255, images.labels)]
+    loader = [(pixels_of(images), images.labels)]
     return wdat.evaluate(network, loader, threat, [evaluation.pointwise, evaluation.distributional], losses=["ce"])
 
 
@@ -76,7 +81,7 @@ def test_one_budget_for_the_whole_set(digits, make_module, make_evaluation, make
     module, data = make_module(), digits()
     images = data.images("val")
     parts = [
-        wdat.attack(module.network, images.images[i : i + 5].float() / 255, images.labels[i : i + 5], module.threat,
+        wdat.attack(module.network, pixels_of(images)[i : i + 5], images.labels[i : i + 5], module.threat,
                     loss="ce", steps=5, step_size=0.375)
         for i in range(0, 37, 5)
     ]  # fmt: skip

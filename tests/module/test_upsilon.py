@@ -58,7 +58,7 @@ def test_exact_is_the_sensitivity_of_the_present_network(data):
         module_for(small_cnn(), sensitivity=Exact(every=1), optimizer=partial(torch.optim.SGD, lr=0.0)), plain, 2
     )
     images = plain.images("train")
-    x = (images.images.float() / 255).requires_grad_()
+    x = (images.pixels(torch.arange(48), None).float() / 255).requires_grad_()
     loss = F.cross_entropy(module.network.eval()(x), images.labels, reduction="sum")
     norms = torch.autograd.grad(loss, x)[0].flatten(1).abs().sum(1).double()
     assert module.sensitivity.upsilon() == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-5)

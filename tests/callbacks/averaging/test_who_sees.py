@@ -83,7 +83,7 @@ def test_attacks_in_validation_are_given_the_average(
     def outside(state):
         network.load_state_dict(state)
         attacks = [evaluation.pointwise, evaluation.distributional]
-        batches = [(images.images.float() / 255, images.labels)]
+        batches = [(images.pixels(torch.arange(len(images)), None).float() / 255, images.labels)]
         records = wdat.evaluate(network, batches, module.threat, attacks, losses=["ce"])
         return records[0].upsilon, [r.loss_mean for r in records]
 
