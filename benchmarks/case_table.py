@@ -185,7 +185,12 @@ def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
             budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
             axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), label=ARMS[arm].says)
     axes.axvline(255 * DELTA, color="grey", lw=0.8)
-    axes.set(xlim=(0, 255 * 2.5 * DELTA), ylim=(0, 80), xlabel="W_2 budget, pixel values of 255", ylabel="accuracy at most, %")
+    axes.set(
+        xlim=(0, 255 * 2.5 * DELTA),
+        ylim=(0, 80),
+        xlabel="W_2 budget, pixel values of 255",
+        ylabel="accuracy at most, %",
+    )
     axes.set_title(f"{network} under the optimal distributional attack")
     axes.legend()
     save(figure, place)
