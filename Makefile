@@ -1,6 +1,6 @@
 # make quickstart   make the environment, install, run the main job on embedded data
 # make test         make the environment, install, run all tests
-# make test-zoo     every architecture of RobustBench's zoo with random weights (half an hour on two cores, 8 GB)
+# make test-zoo     every architecture of RobustBench's zoo with random weights (long)
 # make check        format, lint, types and quick tests, before each commit
 # make sweep-smoke  every sweep at its smallest, offline (minutes on two cores)
 PYTHON ?= python3

@@ -26,6 +26,9 @@ SAMPLE = [
     ("Salman2020Do_R18", "imagenet", "Linf"),
 ]
 
+HEADLESS = "Diffenderfer2021Winning_Binary"  # their last layer is a convolution
+MIXED = ("Bai2023Improving", "Bai2024MixedNUTS")  # their members are frozen, or must stay in eval mode
+
 
 def structure(network: nn.Module) -> str:
     """The same for two networks that differ in the values of their weights alone."""
@@ -64,6 +67,15 @@ def check(entry: zoo.ZooEntry) -> None:
     shape, classes = (3, size, size), zoo.CLASSES[entry.dataset]
     torch.manual_seed(0)
     network = build.architecture(entry)
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    if entry.name.startswith(MIXED):
+        assert network.eval()(x[:1]).shape == (1, classes)
+        return
+    if entry.name.startswith(HEADLESS):
+        with pytest.raises(SettingError, match=r"no last linear layer \(finetune.trainable\)"):
+            prepare(network, "head", image_shape=shape)
+        step(network.train(), x)
+        return
     name, head = find_head(network, shape)
     assert network.get_submodule(name) is head
     assert head.out_features == classes
@@ -73,19 +85,18 @@ def check(entry: zoo.ZooEntry) -> None:
     trained = prepare(network, "head", "reset_head", image_shape=shape)
     assert trained == [f"{name}.{key}" for key, _ in head.named_parameters()]
     assert not torch.equal(head.weight, before["weight"])
-    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
     for _ in ("the last layer", "everything"):
         network.train()
         keep_frozen_in_eval(network)
-        step(network, x, torch.tensor([1, 2]))
+        step(network, x)
         for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def step(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+def step(network: nn.Module, x: torch.Tensor) -> None:
     """One step of SGD, which moves what is trained and nothing else."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    loss = nn.functional.cross_entropy(network(x), y)
+    loss = nn.functional.cross_entropy(network(x), torch.tensor([1, 2]))
     loss.backward()
     assert loss.isfinite()
     moved = [p for p in parameters if p.grad is not None and bool(p.grad.any())]
