@@ -1,5 +1,6 @@
 # make quickstart   make the environment, install, run the main job on embedded data
-# make test         make the environment, install, run all tests
+# make test         make the environment, install, run the tests
+# make test-long    what takes minutes: real sweeps, kills, benchmarks
 # make test-zoo     every architecture of RobustBench's zoo with random weights (long)
 # make check        format, lint, types and quick tests, before each commit
 # make sweep-smoke  every sweep at its smallest, offline (minutes on two cores)
@@ -8,13 +9,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test test-zoo check format sweep-smoke clean
+.PHONY: quickstart test test-long test-zoo check format sweep-smoke clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py experiment=quickstart
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 test-zoo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo tests/models

@@ -22,9 +22,10 @@ hypothesis.settings.load_profile("wdat")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `zoo`, unless -m speaks of it: it takes longer than all other tests together."""
-    if "zoo" not in config.option.markexpr:
-        left = [item for item in items if item.get_closest_marker("zoo")]
+    """Leave out what is marked `zoo` or `long`, unless -m speaks of it: each takes minutes."""
+    quiet = [mark for mark in ("zoo", "long") if mark not in config.option.markexpr]
+    if quiet:
+        left = [item for item in items if any(item.get_closest_marker(mark) for mark in quiet)]
         if left:
             config.hook.pytest_deselected(items=left)
             items[:] = [item for item in items if item not in left]

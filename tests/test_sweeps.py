@@ -366,6 +366,7 @@ def test_the_smoke_test_downloads_nothing():
             assert chosen["model"] in ("small_cnn", "cnn_a")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_of_each_kind_really_runs_and_a_job_can_be_resumed(tmp_path, capsys):
     assert smoke.main(["loss_and_allocation", "--keep", str(tmp_path)]) == 0, capsys.readouterr().out
@@ -380,6 +381,7 @@ def test_a_sweep_of_each_kind_really_runs_and_a_job_can_be_resumed(tmp_path, cap
     assert "epoch 2/2" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*every gradient is zero")  # of a network that knows nothing
 @pytest.mark.parametrize(

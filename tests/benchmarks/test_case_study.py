@@ -150,6 +150,7 @@ def test_no_finished_row_is_an_error(tmp_path):
         case_table.rows(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_row_runs_is_left_alone_when_finished_and_makes_a_table(shared, tmp_path):
     with np.load(shared / "data/cifar10_subset.npz") as file:

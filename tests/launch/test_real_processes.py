@@ -108,6 +108,7 @@ def test_tasks_of_slurm_give_the_same_run_in_one_folder(pair, tmp_path):
     assert len(list(tmp_path.rglob("*.log"))) == len(list(tmp_path.rglob("config.yaml"))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("starter", ["lightning", "torchrun"])
@@ -154,6 +155,7 @@ def test_a_sweep_on_several_devices_is_refused_before_any_work(tmp_path, monkeyp
     assert not list(tmp_path.rglob("records.json"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("devices", [1, 2])

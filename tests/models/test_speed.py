@@ -111,6 +111,7 @@ def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
     assert list(network.state_dict()) == list(pretrained.state_dict())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_all_switches_together_agree(pretrained, plain, data):
