@@ -2,6 +2,7 @@
 
     python -m benchmarks.case_study --network resnet2b --arms as_found pgd_at critical_draw --seeds 0 1 2
     python -m benchmarks.case_study --network resnet2b --arms critical_draw --seeds 0 --list  # the commands alone
+    python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch, equal cost
 
 Each row is `train.py` and then `evaluate.py`, in a folder of its own. What is finished is left alone, and what was
 stopped goes on, so the same command may be given again. `python -m benchmarks.case_table` makes the tables.
@@ -22,14 +23,30 @@ from wdat.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import read
 
-WEIGHTS = {"resnet2b": "models/resnet2b.pt", "cnn_a": "models/cnn_a_adv.pt"}
 DELTA = "2/255"
 EVALUATIONS = ("val", "test_jpeg", "test_original")
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network as found.
+
+    Attributes:
+        weights: Its file, in `WDAT_SHARED`.
+        rate: Peak learning rate of fine-tuning, chosen on validation images.
+    """
+
+    weights: str
+    rate: float
+
+
+NETWORKS = {"resnet2b": Network("models/resnet2b.pt", 0.02), "cnn_a": Network("models/cnn_a_adv.pt", 0.005)}
+SCRATCH_RATE = 0.05
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune.
+    """One way to train.
 
     Attributes:
         says: What it is, for tables.
@@ -38,6 +55,16 @@ class Arm:
 
     says: str
     settings: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """What an epoch costs in epochs of plain training (each image once forward and once backward).
+
+        One for every inner step, and one for every set of images in the objective: the images as they are, unless CE
+        at perturbed images is all, and those of each inner attack.
+        """
+        steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
+        return sum(steps) + len(steps) + all(not s.endswith(".loss=ce") for s in self.settings)
 
 
 def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
@@ -66,13 +93,17 @@ def wdat(attack: str, *more: str) -> tuple[str, ...]:
     return f"attack={attack}", *_inner("attack", "kl"), *more
 
 
+def rate(value: float) -> str:
+    """The peak learning rate."""
+    return f"schedule.optimizer.lr={value:g}"
+
+
 COMMON = (
     f"threat.delta={DELTA}",
     "averaging=ema",
     "averaging.decay=0.999",
     "channels_last=true",
     "data.crop=0",
-    "schedule.optimizer.lr=0.02",
     "schedule.optimizer.weight_decay=0",
     "schedule.shape.warmup=0.05",
     "callbacks.checkpoint.save_top_k=0",  # the last epoch: the networks as found have seen the validation images
@@ -97,13 +128,21 @@ ARMS = {
     "critical": Arm("critical radii d*", at_attack("critical")),
     "critical_draw": Arm("drawn radii d* U^(1/2)", at_attack("critical_draw")),
     "critical_trades": Arm("TRADES at d*", wdat("critical")),
-    "wdat_2": Arm("W-DAT at 2 δ, CE radii", (*wdat("wpgd_budget", "attack.radius_max=4"), "threat.delta=4/255")),
+    "wdat_2": Arm("W-DAT at 2 δ, CE radii", wdat("wpgd_budget", "attack.radius_max=4", "threat.delta=4/255")),
+    "wdat_3": Arm("W-DAT at 3 δ, CE radii", wdat("wpgd_budget", "attack.radius_max=4", "threat.delta=6/255")),
+    "wdat_beta": Arm("W-DAT, CE radii, β = 2", wdat("wpgd_budget", "attack.radius_max=4", "objective.beta_w=2")),
+    "wdat_slow": Arm("W-DAT, CE radii, rate 0.005", wdat("wpgd_budget", "attack.radius_max=4", rate(0.005))),
+    "budget_at_2": Arm(
+        "CE at W-DAT's images, 2 δ", at_attack("wpgd_budget", "attack.radius_max=4", "threat.delta=4/255")
+    ),
     "wdat_ema": Arm("W-DAT, CE radii, Υ by EMA", wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=ema")),
     "wdat_exact": Arm(
         "W-DAT, CE radii, exact Υ every 75 steps",
         wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=exact", "sensitivity.every=75"),
     ),
     "wdat_draw": Arm("W-DAT, drawn radii", wdat("critical_draw")),
+    "draw_slow": Arm("drawn radii, rate 0.005", at_attack("critical_draw", rate(0.005))),
+    "draw_crop": Arm("drawn radii, crops of 4 pixels", at_attack("critical_draw", "data.crop=4")),
     "draw_head": Arm("drawn radii, last layer", at_attack("critical_draw", "finetune=head")),
     "draw_reset": Arm("drawn radii, re-drawn last layer", at_attack("critical_draw", "finetune.init=reset_head")),
     "draw_perturb": Arm("drawn radii, perturbed weights", at_attack("critical_draw", "finetune.init=perturb")),
@@ -116,19 +155,22 @@ def folder(out: Path, network: str, arm: str, seed: int) -> Path:
     return out / network / arm / (f"seed{seed}" if ARMS[arm].settings else "")
 
 
-def training(network: str, arm: str, seed: int, data: Path, place: Path, epochs: int, more: list[str]) -> list[str]:
-    """The command that trains a row."""
+def training(
+    network: str, arm: str, seed: int, data: Path, place: Path, epochs: int, more: list[str], scratch: bool = False
+) -> list[str]:
+    """The command that trains a row, from the weights as found or from weights drawn by the seed."""
+    found = NETWORKS[network]
+    start = [rate(SCRATCH_RATE)] if scratch else [f"model.checkpoint={SHARED / found.weights}", rate(found.rate)]
     return [
-        "train.py", f"model={network}", f"model.checkpoint={SHARED / WEIGHTS[network]}", "data=npz",
-        f"data.path={data}", f"seed={seed}", f"trainer.max_epochs={epochs}", *COMMON, *ARMS[arm].settings, *more,
-        f"hydra.run.dir={place / 'train'}",
+        "train.py", f"model={network}", "data=npz", f"data.path={data}", f"seed={seed}", f"trainer.max_epochs={epochs}",
+        *COMMON, *start, *ARMS[arm].settings, *more, f"hydra.run.dir={place / 'train'}",
     ]  # fmt: skip
 
 
 def evaluations(network: str, arm: str, seed: int, data: Path, place: Path, autoattack: bool) -> dict[str, list[str]]:
     """The commands that evaluate a row, by the name of their folder."""
     trained = bool(ARMS[arm].settings)
-    weights = place / "train/checkpoints/last.ckpt" if trained else SHARED / WEIGHTS[network]
+    weights = place / "train/checkpoints/last.ckpt" if trained else SHARED / NETWORKS[network].weights
     common = ["evaluate.py", f"model={network}", f"model.checkpoint={weights}", "data=npz", f"threat.delta={DELTA}"]
     search = "attack_options.knapsack={steps: 30, starts: 1, targets: 2, fab: 0, fab_targets: 0, seed: 0}"
     attacks = "pgd,wpgd,knapsack" + (",autoattack" if autoattack else "")
@@ -167,7 +209,8 @@ def row(args: argparse.Namespace, arm: str, seed: int) -> None:
     """Bring one row to its end."""
     place = folder(args.out, args.network, arm, seed)
     CONSOLE.print(f"{args.network}, {arm}, seed {seed}", markup=False)
-    train = training(args.network, arm, seed, args.data, place, args.epochs, args.set)
+    epochs = round(args.passes / ARMS[arm].passes) if args.passes and ARMS[arm].passes else args.epochs
+    train = training(args.network, arm, seed, args.data, place, epochs, args.set, args.scratch)
     if args.list:
         print(*([" ".join(train)] if ARMS[arm].settings else []), sep="\n")
         for command in evaluations(args.network, arm, seed, args.data, place, args.autoattack).values():
@@ -199,10 +242,14 @@ def attacks_of(place: Path) -> set[str]:
 def main() -> None:
     """Read the command line and run the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=WEIGHTS, default="resnet2b")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet2b")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--passes", type=int, metavar="N", help="instead of --epochs, those that cost N epochs of plain training"
+    )
+    parser.add_argument("--scratch", action="store_true", help="start at weights drawn by the seed")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
     parser.add_argument("--out", type=Path, default=Path("outputs/case_study"))
     parser.add_argument("--evaluate", nargs="*", choices=EVALUATIONS, default=EVALUATIONS, help="none to train only")

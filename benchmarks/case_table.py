@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.case_study import ARMS, WEIGHTS
+from benchmarks.case_study import ARMS, NETWORKS
 from benchmarks.common import CONSOLE
 from wdat.attacks.knapsack_allocation import curve, solve
 from wdat.console import readable_errors
@@ -110,7 +110,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
         SettingError: If there is none.
     """
     found = []
-    for network in WEIGHTS:
+    for network in NETWORKS:
         for test in TESTS:
             places = {arm: finished(out / network / arm, test) for arm in ARMS}
             for arm, seeds in places.items():
