@@ -2,6 +2,7 @@
 
     python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json and docs/case-study.png
     python -m benchmarks.case_table                          # prints the tables of the record
+    python -m benchmarks.case_table outputs/scratch --control trades --record results/case_scratch.json
 
 Accuracies in percent. Knapsack accuracies come from the nearest-flip distances of single images, the others from
 `evaluate.py`'s records. Differences are paired: image by image in the bootstrap, which resamples images and keeps the
@@ -103,8 +104,8 @@ def difference(these: dict[int, Path], those: dict[int, Path]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    """One row a network, test set and arm that has been finished.
+def rows(out: Path, control: str = CONTROL) -> list[dict[str, Any]]:
+    """One row a network, test set and arm that has been finished, compared with the network as found and the control.
 
     Raises:
         SettingError: If there is none.
@@ -124,7 +125,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
                     "mean": {k: float(np.mean([m[k] for m in each.values()])) for k in keys},
                     "sd": {k: float(np.std([m[k] for m in each.values()], ddof=1)) for k in keys if len(each) > 1},
                 }  # fmt: skip
-                for name, other in (("base", BASE), ("control", CONTROL)):
+                for name, other in (("base", BASE), ("control", control)):
                     if arm not in (BASE, other) and places[other]:
                         row[name] = difference(seeds, places[other])
                 found.append(row)
@@ -143,12 +144,13 @@ def finished(place: Path, test: str) -> dict[int, Path]:
 def table(found: Sequence[dict[str, Any]], network: str, test: str, columns: Sequence[str] = tuple(COLUMNS)) -> str:
     """Markdown: accuracies in percent, mean over seeds (standard deviation), and differences of the main figure.
 
-    On validation images, which the networks as found have seen, nothing is compared with these.
+    On validation images, which the networks as found have seen, nothing is compared with these. Training from scratch
+    has no network as found, and compares with whatever control it was given.
     """
     mine = [row for row in found if row["network"] == network and row["test"] == test]
     keys = [k for k in columns if any(k in row["mean"] for row in mine)]
     compared = {"base": "− as found", "control": "− control"}
-    if test == "val":
+    if test == "val" or all(row["arm"] != BASE for row in mine):
         del compared["base"]
     head = ["arm", "seeds", *(COLUMNS[k] for k in keys), *compared.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -200,15 +202,16 @@ def main() -> None:
     """Read the command line; write the record and the picture, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="folder of benchmarks.case_study")
+    parser.add_argument("--control", choices=ARMS, default=CONTROL, metavar="ARM", help="what arms are compared with")
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     if args.out:
-        record = {"delta": DELTA, "tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out)}
+        record = {"delta": DELTA, "tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
-        if any(row["test"] == "test_jpeg" for row in record["rows"]):
+        if any((row["test"], row["arm"]) == ("test_jpeg", BASE) for row in record["rows"]):
             picture(args.out, "resnet2b", [BASE, CONTROL, "wdat_ce", "critical_draw"], args.picture)
             CONSOLE.print(f"picture {args.picture}", markup=False)
     if not args.record.exists():

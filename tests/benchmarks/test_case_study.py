@@ -39,15 +39,19 @@ def test_every_arm_composes_and_is_what_it_says(arm):
     inner = attack if objective.uses_attack else objective.pointwise_attack
     assert inner.steps * inner.step_size == pytest.approx(2.5, rel=1e-3)
     assert inner.loss == ("kl" if objective.divergence else "ce")
-    assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip, cfg.data.crop) == (20, 3, True, 0)
-    assert instantiate(cfg.threat).delta == pytest.approx(2 * delta if arm == "wdat_2" else delta)
+    assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip) == (20, 3, True)
+    assert cfg.data.crop == (4 if arm == "draw_crop" else 0)
+    assert cfg.schedule.optimizer.lr == (0.005 if arm.endswith("_slow") else 0.02)
+    wider = {"wdat_2": 2, "budget_at_2": 2, "wdat_3": 3}.get(arm, 1)
+    assert instantiate(cfg.threat).delta == pytest.approx(wider * delta)
     reach = {"pgd_at_2": 2 * delta, "trades_2": 2 * delta, "pgd_at": delta, "trades": delta}
     if arm in reach:
         assert not objective.uses_attack
         assert objective.pointwise_budget == pytest.approx(reach[arm])
     else:
         assert objective.uses_attack
-        assert objective.beta_w == (1 if not objective.clean else 3 if arm == "combined" else 6)
+        beta = {"combined": 3, "wdat_beta": 2}.get(arm, 6)
+        assert objective.beta_w == (beta if objective.clean else 1)
 
 
 def test_the_experiment_file_is_the_arm_that_was_best():
@@ -61,7 +65,22 @@ def test_the_experiment_file_is_the_arm_that_was_best():
     assert file.trainer.max_epochs == arm.trainer.max_epochs
 
 
-@pytest.mark.parametrize("arm", list(case_study.ARMS))
+def test_what_an_epoch_costs_is_inner_steps_and_sets_of_images():
+    passes = {arm: case_study.ARMS[arm].passes for arm in ("pgd_at", "critical_draw", "trades", "wdat_ce", "combined")}
+    assert passes == {"pgd_at": 4, "critical_draw": 4, "trades": 5, "wdat_ce": 5, "combined": 9}
+
+
+def test_at_equal_cost_arms_have_fewer_epochs_from_scratch(tmp_path):
+    options = ["--arms", "trades", "combined", "--seeds", "0", "--scratch", "--passes", "45", "--data", "FILE.npz"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.case_study", *options, "--list"], cwd=ROOT, capture_output=True, text=True
+    )
+    trained = [line for line in done.stdout.splitlines() if line.startswith("train.py")]
+    assert [int(line.split("trainer.max_epochs=")[1].split()[0]) for line in trained] == [9, 5]
+    assert not any("model.checkpoint" in line for line in trained)
+
+
+@pytest.mark.parametrize("arm", ["as_found", "pgd_at"])  # others differ from the second by the checkpoint's place
 def test_every_evaluation_composes(arm):
     for name, command in commands(arm)[1].items():
         cfg = _evaluation(command[1:])
@@ -122,6 +141,19 @@ def test_the_tables_are_of_the_distances_and_records(tmp_path, capsys):
     assert len(text) == 2 + 3
     assert f"| {100 * draw['mean']['w2']:.1f} (" in text[-1]
     assert f"{draw['base']['mean']:+.1f} [" in text[-1]
+
+
+def test_from_scratch_arms_are_compared_with_the_control_that_was_named(tmp_path):
+    d = torch.linspace(0, 0.05, 100, dtype=torch.float64)
+    finish(tmp_path / "resnet2b/trades/seed0/test_jpeg", d, 0.7)
+    finish(tmp_path / "resnet2b/wdat_ce/seed0/test_jpeg", d * 1.2, 0.7)
+    head, _, trades, trained = case_table.table(
+        case_table.rows(tmp_path, "trades"), "resnet2b", "test_jpeg"
+    ).splitlines()
+    assert "as found" not in head
+    assert head.endswith("− control |")
+    assert trades.endswith("|  |")
+    assert "| +" in trained
 
 
 def test_on_validation_images_nothing_is_compared_with_the_network_as_found(tmp_path):
