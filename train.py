@@ -116,6 +116,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
         exempt=cfg.schedule.get("exempt") or (),
     )
     module.notice = say
+    trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RobustEvaluation))  # type: ignore[attr-defined]
     progress = next((c.report for c in trainer.callbacks if isinstance(c, WorkProgress)), None)  # type: ignore[attr-defined]
     evaluation.describe(book, facts, progress)

@@ -233,6 +233,21 @@ def test_jobs_in_one_process_of_which_one_fails(tmp_path):
         assert (tmp_path / "sweep" / str(job) / "curve.png").exists()
 
 
+def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
+    run = tmp_path / "run"
+    few = ["pretrain.max_epochs=0", "data.limit_train=64", "curve=[]", "trainer.precision=64-true"]
+    assert train(*QUICK, *few, f"hydra.run.dir={run}").status == 0
+    last = run / "checkpoints" / "last.ckpt"
+    whole = torch.load(last, weights_only=True)["state_dict"]
+    last.unlink()  # as if the run had stopped after its first epoch
+    resumed = train(f"resume={run}")
+    assert resumed.status == 0, resumed.err
+    assert "step 2" in resumed.out
+    found = torch.load(last, weights_only=True)["state_dict"]
+    assert {value.dtype for value in found.values()} == {torch.float64}
+    assert all(torch.equal(value, whole[key]) for key, value in found.items())
+
+
 def test_the_switches_for_speed(tmp_path):
     shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
     run = tmp_path / "run"
