@@ -3,8 +3,10 @@
     python -m benchmarks.case_study --network resnet2b --arms as_found pgd_at critical_draw --seeds 0 1 2
     python -m benchmarks.case_study --network resnet2b --arms critical_draw --seeds 0 --list  # the commands alone
     python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch, equal cost
+    python -m benchmarks.case_study --network preact_resnet18 --arms as_found pgd_at critical_draw  # for a GPU
 
-Each row is `train.py` and then `evaluate.py`, in a folder of its own. What is finished is left alone, and what was
+Each row is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
+first. What is finished is left alone, and what was
 stopped goes on, so the same command may be given again. `python -m benchmarks.case_table` makes the tables.
 """
 
@@ -18,94 +20,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, rate
 from benchmarks.common import CONSOLE, SHARED
 from wdat.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import read
 
-DELTA = "2/255"
 EVALUATIONS = ("val", "test_jpeg", "test_original")
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network as found.
-
-    Attributes:
-        weights: Its file, in `WDAT_SHARED`.
-        rate: Peak learning rate of fine-tuning, chosen on validation images.
-    """
-
-    weights: str
-    rate: float
-
-
-NETWORKS = {"resnet2b": Network("models/resnet2b.pt", 0.02), "cnn_a": Network("models/cnn_a_adv.pt", 0.005)}
-SCRATCH_RATE = 0.05
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    Attributes:
-        says: What it is, for tables.
-        settings: Overrides of `train.py`; none for the network as found.
-    """
-
-    says: str
-    settings: tuple[str, ...] = ()
-
-    @property
-    def passes(self) -> int:
-        """What an epoch costs in epochs of plain training (each image once forward and once backward).
-
-        One for every inner step, and one for every set of images in the objective: the images as they are, unless CE
-        at perturbed images is all, and those of each inner attack.
-        """
-        steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
-        return sum(steps) + len(steps) + all(not s.endswith(".loss=ce") for s in self.settings)
-
-
-def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
-    """An attack's inner steps; 2.5 radii in all, as 10 steps of a quarter make."""
-    return f"{attack}.loss={loss}", f"{attack}.steps={steps}", f"{attack}.step_size={2.5 / steps:.3f}"
-
-
-def pgd_at(delta: str) -> tuple[str, ...]:
-    """CE at PGD's images, every image with one radius."""
-    return "objective=pgd_at", f"objective.pointwise_delta={delta}", *_inner("objective.pointwise_attack", "ce")
-
-
-def trades(delta: str, beta: float = 6) -> tuple[str, ...]:
-    """TRADES, every image with one radius."""
-    inner = _inner("objective.pointwise_attack", "kl")
-    return "objective=trades", f"objective.pointwise_delta={delta}", f"objective.beta_p={beta:g}", *inner
-
-
-def at_attack(attack: str, *more: str) -> tuple[str, ...]:
-    """CE at the images of a training attack, as PGD-AT has it."""
-    return f"attack={attack}", "objective=attack_at", *_inner("attack", "ce"), *more
-
-
-def wdat(attack: str, *more: str) -> tuple[str, ...]:
-    """CE at the images as they are, and KL at those of a training attack."""
-    return f"attack={attack}", *_inner("attack", "kl"), *more
-
-
-def rate(value: float) -> str:
-    """The peak learning rate."""
-    return f"schedule.optimizer.lr={value:g}"
-
-
-COMMON = (
-    f"threat.delta={DELTA}",
-    "averaging=ema",
-    "averaging.decay=0.999",
+RUNNING = (
     "channels_last=true",
-    "data.crop=0",
-    "schedule.optimizer.weight_decay=0",
-    "schedule.shape.warmup=0.05",
     "callbacks.checkpoint.save_top_k=0",  # the last epoch: the networks as found have seen the validation images
     "trainer.check_val_every_n_epoch=20",
     "data.val_size=2000",
@@ -113,81 +38,79 @@ COMMON = (
     "curve=[]",
 )
 
-ARMS = {
-    "as_found": Arm("as found"),
-    "pgd_at": Arm("PGD-AT at δ (control)", pgd_at(DELTA)),
-    "pgd_at_2": Arm("PGD-AT at 2 δ", pgd_at("4/255")),
-    "trades": Arm("TRADES at δ", trades(DELTA)),
-    "trades_2": Arm("TRADES at 2 δ", trades("4/255")),
-    "wdat_ce": Arm("W-DAT, CE radii", wdat("wpgd_budget", "attack.radius_max=4")),
-    "wdat_redlr": Arm("W-DAT, ReDLR radii", wdat("wpgd_budget", "attack.radius_max=4", "attack.radii_loss=redlr")),
-    "combined": Arm(
-        "combined", ("objective=combined", *wdat("wpgd_budget"), *_inner("objective.pointwise_attack", "kl"))
-    ),
-    "knapsack_budget": Arm("knapsack radii", at_attack("knapsack_budget")),
-    "critical": Arm("critical radii d*", at_attack("critical")),
-    "critical_draw": Arm("drawn radii d* U^(1/2)", at_attack("critical_draw")),
-    "critical_trades": Arm("TRADES at d*", wdat("critical")),
-    "wdat_2": Arm("W-DAT at 2 δ, CE radii", wdat("wpgd_budget", "attack.radius_max=4", "threat.delta=4/255")),
-    "wdat_3": Arm("W-DAT at 3 δ, CE radii", wdat("wpgd_budget", "attack.radius_max=4", "threat.delta=6/255")),
-    "wdat_beta": Arm("W-DAT, CE radii, β = 2", wdat("wpgd_budget", "attack.radius_max=4", "objective.beta_w=2")),
-    "wdat_slow": Arm("W-DAT, CE radii, rate 0.005", wdat("wpgd_budget", "attack.radius_max=4", rate(0.005))),
-    "budget_at_2": Arm(
-        "CE at W-DAT's images, 2 δ", at_attack("wpgd_budget", "attack.radius_max=4", "threat.delta=4/255")
-    ),
-    "wdat_ema": Arm("W-DAT, CE radii, Υ by EMA", wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=ema")),
-    "wdat_exact": Arm(
-        "W-DAT, CE radii, exact Υ every 75 steps",
-        wdat("wpgd_budget", "attack.radius_max=4", "sensitivity=exact", "sensitivity.every=75"),
-    ),
-    "wdat_draw": Arm("W-DAT, drawn radii", wdat("critical_draw")),
-    "draw_slow": Arm("drawn radii, rate 0.005", at_attack("critical_draw", rate(0.005))),
-    "draw_crop": Arm("drawn radii, crops of 4 pixels", at_attack("critical_draw", "data.crop=4")),
-    "draw_head": Arm("drawn radii, last layer", at_attack("critical_draw", "finetune=head")),
-    "draw_reset": Arm("drawn radii, re-drawn last layer", at_attack("critical_draw", "finetune.init=reset_head")),
-    "draw_perturb": Arm("drawn radii, perturbed weights", at_attack("critical_draw", "finetune.init=perturb")),
-}
-"""By name; `as_found` is not trained."""
 
+@dataclass(frozen=True)
+class Study:
+    """What the rows of one call share; paths are of folders and files that may not exist yet.
 
-def folder(out: Path, network: str, arm: str, seed: int) -> Path:
-    """Where a row is kept."""
-    return out / network / arm / (f"seed{seed}" if ARMS[arm].settings else "")
+    Attributes:
+        network: Its name in `NETWORKS`.
+        out: Folder of all rows.
+        data: npz of the images to train on.
+        epochs: Of training.
+        passes: Instead, what training costs in epochs of plain training.
+        scratch: Whether weights are drawn by the seed.
+        more: Further settings of `train.py`.
+        autoattack: Whether to run it on the unaltered test images.
+    """
 
+    network: str
+    out: Path
+    data: Path
+    epochs: int = 20
+    passes: int | None = None
+    scratch: bool = False
+    more: tuple[str, ...] = ()
+    autoattack: bool = False
 
-def training(
-    network: str, arm: str, seed: int, data: Path, place: Path, epochs: int, more: list[str], scratch: bool = False
-) -> list[str]:
-    """The command that trains a row, from the weights as found or from weights drawn by the seed."""
-    found = NETWORKS[network]
-    start = [rate(SCRATCH_RATE)] if scratch else [f"model.checkpoint={SHARED / found.weights}", rate(found.rate)]
-    return [
-        "train.py", f"model={network}", "data=npz", f"data.path={data}", f"seed={seed}", f"trainer.max_epochs={epochs}",
-        *COMMON, *start, *ARMS[arm].settings, *more, f"hydra.run.dir={place / 'train'}",
-    ]  # fmt: skip
+    def place(self, arm: str, seed: int) -> Path:
+        """Where a row is kept."""
+        return self.out / self.network / arm / (f"seed{seed}" if ARMS[arm].settings else "")
 
+    def weights(self) -> Path:
+        """The weights that fine-tuning starts with."""
+        found = NETWORKS[self.network].weights
+        return SHARED / found if found else self.out / self.network / "first/train/checkpoints/last.ckpt"
 
-def evaluations(network: str, arm: str, seed: int, data: Path, place: Path, autoattack: bool) -> dict[str, list[str]]:
-    """The commands that evaluate a row, by the name of their folder."""
-    trained = bool(ARMS[arm].settings)
-    weights = place / "train/checkpoints/last.ckpt" if trained else SHARED / NETWORKS[network].weights
-    common = ["evaluate.py", f"model={network}", f"model.checkpoint={weights}", "data=npz", f"threat.delta={DELTA}"]
-    search = "attack_options.knapsack={steps: 30, starts: 1, targets: 2, fab: 0, fab_targets: 0, seed: 0}"
-    attacks = "pgd,wpgd,knapsack" + (",autoattack" if autoattack else "")
-    return {
-        "val": [
-            *common, f"data.path={data}", "data.val_size=2000", f"seed={seed}", "split=val", "losses=[redlr]",
-            "attacks=[pgd,wpgd,knapsack]", search, "save_distances=true", f"hydra.run.dir={place / 'val'}",
-        ],
-        "test_jpeg": [
-            *common, f"data.path={data}", "losses=[redlr]", "attacks=[pgd,wpgd,knapsack]", search,
-            "save_distances=true", f"hydra.run.dir={place / 'test_jpeg'}",
-        ],
-        "test_original": [
-            *common, f"data.path={SHARED / 'data/cifar10_subset.npz'}", "losses=[ce,redlr]", f"attacks=[{attacks}]",
-            "save_distances=true", f"hydra.run.dir={place / 'test_original'}",
-        ],
-    }  # fmt: skip
+    def first(self) -> list[str]:
+        """The command that trains a network without public weights."""
+        place = self.out / self.network / "first/train"
+        return self._train(0, *NETWORKS[self.network].first, f"hydra.run.dir={place}")
+
+    def training(self, arm: str, seed: int) -> list[str]:
+        """The command that trains a row."""
+        epochs = round(self.passes / ARMS[arm].passes) if self.passes else self.epochs
+        start = [rate(SCRATCH_RATE)]
+        if not self.scratch:
+            start = [f"model.checkpoint={self.weights()}", rate(NETWORKS[self.network].rate)]
+        return self._train(
+            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *ARMS[arm].settings,
+            f"hydra.run.dir={self.place(arm, seed) / 'train'}",
+        )  # fmt: skip
+
+    def _train(self, seed: int, *settings: str) -> list[str]:
+        found = NETWORKS[self.network]
+        common = [f"model={self.network}", "data=npz", f"data.path={self.data}", f"seed={seed}", *RUNNING]
+        return ["train.py", *common, *found.settings, *map(found.at, settings), *self.more]
+
+    def evaluations(self, arm: str, seed: int) -> dict[str, list[str]]:
+        """The commands that evaluate a row, by the name of their folder."""
+        found, place = NETWORKS[self.network], self.place(arm, seed)
+        weights = place / "train/checkpoints/last.ckpt" if ARMS[arm].settings else self.weights()
+        common = [
+            "evaluate.py", f"model={self.network}", f"model.checkpoint={weights}", "data=npz",
+            f"threat.delta={found.delta}/255", "save_distances=true",
+        ]  # fmt: skip
+        search = "attack_options.knapsack={steps: 30, starts: 1, targets: 2, fab: 0, fab_targets: 0, seed: 0}"
+        many = [*common, f"data.path={self.data}", "losses=[redlr]", "attacks=[pgd,wpgd,knapsack]", search]
+        attacks = "pgd,wpgd,knapsack" + (",autoattack" if self.autoattack else "")
+        few = [f"data.path={SHARED / 'data/cifar10_subset.npz'}", "losses=[ce,redlr]", f"attacks=[{attacks}]"]
+        commands = {
+            "val": [*many, "data.val_size=2000", f"seed={seed}", "split=val"],
+            "test_jpeg": many,
+            "test_original": [*common, *few],
+        }
+        return {name: [*command, f"hydra.run.dir={place / name}"] for name, command in commands.items()}
 
 
 def run(command: list[str], log: Path) -> None:
@@ -205,38 +128,32 @@ def run(command: list[str], log: Path) -> None:
     CONSOLE.print(f"  {command[0]} {time.monotonic() - started:.0f} s, {log}", markup=False, highlight=False)
 
 
-def row(args: argparse.Namespace, arm: str, seed: int) -> None:
-    """Bring one row to its end."""
-    place = folder(args.out, args.network, arm, seed)
-    CONSOLE.print(f"{args.network}, {arm}, seed {seed}", markup=False)
-    epochs = round(args.passes / ARMS[arm].passes) if args.passes and ARMS[arm].passes else args.epochs
-    train = training(args.network, arm, seed, args.data, place, epochs, args.set, args.scratch)
-    if args.list:
-        print(*([" ".join(train)] if ARMS[arm].settings else []), sep="\n")
-        for command in evaluations(args.network, arm, seed, args.data, place, args.autoattack).values():
-            print(" ".join(f"'{c}'" if "{" in c or "[" in c else c for c in command))
-        return
-    if ARMS[arm].settings and not finished(place / "train", "after"):
-        stopped = (place / "train/checkpoints/last.ckpt").exists()
-        run(["train.py", f"resume={place / 'train'}"] if stopped else train, place / "train.log")
-    for name, command in evaluations(args.network, arm, seed, args.data, place, args.autoattack).items():
-        wanted = {"knapsack", *(["autoattack"] if args.autoattack and name == "test_original" else [])}
-        if name in args.evaluate and not wanted <= attacks_of(place / name):
-            resume = ["evaluate.py", f"resume={place / name}", *[c for c in command if c.startswith("attacks=")]]
-            run(resume if (place / name / "records.json").exists() else command, place / f"{name}.log")
+def train(command: list[str], place: Path) -> None:
+    """Train in a folder unless that is finished; what was stopped goes on."""
+    if not {"wpgd"} <= attacks_of(place, "after"):
+        stopped = (place / "checkpoints/last.ckpt").exists()
+        run(["train.py", f"resume={place}"] if stopped else command, place.with_suffix(".log"))
 
 
-def finished(place: Path, stage: str) -> bool:
-    """Whether a run has a knapsack of its last stage, or, in training, all that is measured after it."""
-    records = place / "records.json"
-    return records.exists() and any(r.stage == stage and r.attack == "wpgd" for r in read(records))
+def evaluate(command: list[str], place: Path) -> None:
+    """Evaluate in a folder what it has no record of yet."""
+    attacks = next(c for c in command if c.startswith("attacks="))
+    if not set(attacks[len("attacks=[") : -1].split(",")) <= attacks_of(place):
+        stopped = (place / "records.json").exists()
+        run(["evaluate.py", f"resume={place}", attacks] if stopped else command, place.with_suffix(".log"))
 
 
-def attacks_of(place: Path) -> set[str]:
-    """The attacks whose records an evaluation has at the largest budget."""
+def attacks_of(place: Path, stage: str | None = None) -> set[str]:
+    """The attacks whose records a run has, of one stage or of any."""
     records = place / "records.json"
     found = read(records) if records.exists() else []
-    return {r.attack for r in found}
+    return {r.attack for r in found if stage in (None, r.stage)}
+
+
+def commands(study: Study, arm: str, seed: int) -> list[list[str]]:
+    """All commands of a row."""
+    trained = [study.training(arm, seed)] if ARMS[arm].settings else []
+    return [*trained, *study.evaluations(arm, seed).values()]
 
 
 def main() -> None:
@@ -258,9 +175,27 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the command lines and stop")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for arm in args.arms:
-        for seed in args.seeds if ARMS[arm].settings else args.seeds[:1]:
-            row(args, arm, seed)
+    study = Study(
+        args.network, args.out, args.data, args.epochs, args.passes, args.scratch, tuple(args.set), args.autoattack
+    )
+    rows = [(arm, seed) for arm in args.arms for seed in (args.seeds if ARMS[arm].settings else args.seeds[:1])]
+    made_first = bool(NETWORKS[args.network].first) and not args.scratch
+    if args.list:
+        listed = [study.first()] if made_first else []
+        for command in [*listed, *(c for arm, seed in rows for c in commands(study, arm, seed))]:
+            print(" ".join(f"'{c}'" if "{" in c or "[" in c else c for c in command))
+        return
+    if made_first:
+        CONSOLE.print(f"{args.network}, its first training", markup=False)
+        train(study.first(), args.out / args.network / "first/train")
+    for arm, seed in rows:
+        CONSOLE.print(f"{args.network}, {arm}, seed {seed}", markup=False)
+        place = study.place(arm, seed)
+        if ARMS[arm].settings:
+            train(study.training(arm, seed), place / "train")
+        for name, command in study.evaluations(arm, seed).items():
+            if name in args.evaluate:
+                evaluate(command, place / name)
 
 
 if __name__ == "__main__":

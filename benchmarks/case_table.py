@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.case_study import ARMS, NETWORKS
+from benchmarks.case_arms import ARMS, NETWORKS
 from benchmarks.common import CONSOLE
 from wdat.attacks.knapsack_allocation import curve, solve
 from wdat.console import readable_errors
@@ -33,7 +33,6 @@ from wdat.evaluation.plots import new_axes, save
 from wdat.records import installed_versions, read, source_commit
 from wdat.threat import ThreatModel
 
-DELTA = 2 / 255
 TESTS = {
     "val": "2,000 re-encoded validation images",
     "test_jpeg": "10,000 re-encoded test images",
@@ -51,9 +50,9 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def measured(place: Path) -> dict[str, float]:
+def measured(place: Path, delta: float) -> dict[str, float]:
     """What one evaluation of one network found, accuracies in [0, 1]; budgets other than δ are the knapsack's alone."""
-    records = [r for r in read(place / "records.json") if r.attack == "none" or math.isclose(r.delta, DELTA)]
+    records = [r for r in read(place / "records.json") if r.attack == "none" or math.isclose(r.delta, delta)]
     found: dict[str, float] = {}
     for record in sorted(records, key=lambda r: r.loss == "redlr"):  # where both were run, ReDLR's
         name = {"none": "clean"}.get(record.attack, record.attack)
@@ -62,7 +61,7 @@ def measured(place: Path) -> dict[str, float]:
         if record.loss == "ce" and record.upsilon is not None:
             found["upsilon"] = record.upsilon
     distances = flips(place)
-    return found | {key: knapsack(distances, p, m) for key, (p, m) in KNAPSACKS.items()}
+    return found | {key: knapsack(distances, p, m * delta) for key, (p, m) in KNAPSACKS.items()}
 
 
 def flips(place: Path) -> Tensor:
@@ -71,32 +70,33 @@ def flips(place: Path) -> Tensor:
         return torch.from_numpy(file["distances"])
 
 
-def knapsack(distances: Tensor, p: float, multiple: float) -> float:
-    """A_δ at a multiple of δ."""
-    return solve(distances, ThreatModel(p, "linf", multiple * DELTA)).accuracy
+def knapsack(distances: Tensor, p: float, delta: float) -> float:
+    """A_δ of l∞ distances."""
+    return solve(distances, ThreatModel(p, "linf", delta)).accuracy
 
 
-def resampled(runs: Sequence[Sequence[Tensor]], seed: int = 0) -> list[NDArray[np.float64]]:
+def resampled(runs: Sequence[Sequence[Tensor]], delta: float, seed: int = 0) -> list[NDArray[np.float64]]:
     """The main figure of several arms in the same resamples of images, mean over the arm's networks: (RESAMPLES,) each.
 
     Args:
         runs: For each arm, the distances (N,) of each of its networks, on the same images in the same order.
+        delta: δ in pixel units.
         seed: Of the resamples.
     """
     n = len(runs[0][0])
     rng = torch.Generator().manual_seed(seed)
     rows = [torch.randint(n, (n,), generator=rng) for _ in range(RESAMPLES)]
     p, multiple = KNAPSACKS[MAIN]
-    return [np.array([np.mean([knapsack(d[r], p, multiple) for d in arm]) for r in rows]) for arm in runs]
+    return [np.array([np.mean([knapsack(d[r], p, multiple * delta) for d in arm]) for r in rows]) for arm in runs]
 
 
-def difference(these: dict[int, Path], those: dict[int, Path]) -> dict[str, Any]:
+def difference(these: dict[int, Path], those: dict[int, Path], delta: float) -> dict[str, Any]:
     """Paired differences of the main figure, in percentage points; a network as found stands beside every seed."""
     pairs = {s: (these[s], those.get(s, those[min(those)])) for s in these}
-    by_seed = {s: 100 * (measured(a)[MAIN] - measured(b)[MAIN]) for s, (a, b) in pairs.items()}
+    by_seed = {s: 100 * (measured(a, delta)[MAIN] - measured(b, delta)[MAIN]) for s, (a, b) in pairs.items()}
     over = spread(by_seed)
     assert over is not None
-    mine, other = resampled([[flips(a) for a, _ in pairs.values()], [flips(b) for _, b in pairs.values()]])
+    mine, other = resampled([[flips(a) for a, _ in pairs.values()], [flips(b) for _, b in pairs.values()]], delta)
     low, high = np.quantile(100 * (mine - other), [0.025, 0.975])
     return {
         "mean": over.mean, "by_seed": by_seed, "seeds_low": over.low, "seeds_high": over.high,
@@ -112,22 +112,23 @@ def rows(out: Path, control: str = CONTROL) -> list[dict[str, Any]]:
     """
     found = []
     for network in NETWORKS:
+        delta = NETWORKS[network].delta / 255
         for test in TESTS:
             places = {arm: finished(out / network / arm, test) for arm in ARMS}
             for arm, seeds in places.items():
                 if not seeds:
                     continue
-                each = {seed: measured(place) for seed, place in seeds.items()}
+                each = {seed: measured(place, delta) for seed, place in seeds.items()}
                 keys = [k for k in COLUMNS if all(k in m for m in each.values())]
                 row: dict[str, Any] = {
-                    "network": network, "test": test, "n": len(flips(seeds[min(seeds)])), "arm": arm,
+                    "network": network, "delta": delta, "test": test, "n": len(flips(seeds[min(seeds)])), "arm": arm,
                     "says": ARMS[arm].says, "seeds": sorted(seeds),
                     "mean": {k: float(np.mean([m[k] for m in each.values()])) for k in keys},
                     "sd": {k: float(np.std([m[k] for m in each.values()], ddof=1)) for k in keys if len(each) > 1},
                 }  # fmt: skip
                 for name, other in (("base", BASE), ("control", control)):
                     if arm not in (BASE, other) and places[other]:
-                        row[name] = difference(seeds, places[other])
+                        row[name] = difference(seeds, places[other], delta)
                 found.append(row)
     if not found:
         raise SettingError(f"{out} has no finished row of the case study; run python -m benchmarks.case_study first")
@@ -181,14 +182,15 @@ def _difference(found: dict[str, Any] | None) -> str:
 def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
     """Knapsack accuracy against the budget, W_2, on the re-encoded images; first seed of each arm."""
     figure, axes = new_axes()
+    delta = NETWORKS[network].delta
     for arm in arms:
         seeds = finished(out / network / arm, "test_jpeg")
         if seeds:
             budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
             axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), label=ARMS[arm].says)
-    axes.axvline(255 * DELTA, color="grey", lw=0.8)
+    axes.axvline(delta, color="grey", lw=0.8)
     axes.set(
-        xlim=(0, 255 * 2.5 * DELTA),
+        xlim=(0, 2.5 * delta),
         ylim=(0, 80),
         xlabel="W_2 budget, pixel values of 255",
         ylabel="accuracy at most, %",
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     if args.out:
-        record = {"delta": DELTA, "tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
+        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)

@@ -14,7 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from benchmarks import case_study, case_table
+from benchmarks import case_table
+from benchmarks.case_arms import ARMS
+from benchmarks.case_study import Study
 from sweeps import grids
 from wdat.attacks.knapsack_allocation import solve
 from wdat.errors import SettingError
@@ -22,13 +24,12 @@ from wdat.records import Record, RecordBook
 from wdat.threat import ThreatModel
 
 ROOT = Path(__file__).parents[2]
-TRAINED = [arm for arm in case_study.ARMS if case_study.ARMS[arm].settings]
+STUDY = Study("resnet2b", Path("out"), Path("FILE.npz"), autoattack=True)
+TRAINED = [arm for arm in ARMS if ARMS[arm].settings]
 
 
 def commands(arm):
-    place = Path("out") / arm
-    train = case_study.training("resnet2b", arm, 3, Path("FILE.npz"), place, 20, [])
-    return train, case_study.evaluations("resnet2b", arm, 3, Path("FILE.npz"), place, autoattack=True)
+    return STUDY.training(arm, 3), STUDY.evaluations(arm, 3)
 
 
 @pytest.mark.parametrize("arm", TRAINED)
@@ -41,7 +42,7 @@ def test_every_arm_composes_and_is_what_it_says(arm):
     assert inner.loss == ("kl" if objective.divergence else "ce")
     assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip) == (20, 3, True)
     assert cfg.data.crop == (4 if arm == "draw_crop" else 0)
-    assert cfg.schedule.optimizer.lr == (0.005 if arm.endswith("_slow") else 0.02)
+    assert cfg.schedule.optimizer.lr == {"slow": 0.005, "slowest": 0.001}.get(arm.split("_")[-1], 0.02)
     wider = {"wdat_2": 2, "budget_at_2": 2, "wdat_3": 3}.get(arm, 1)
     assert instantiate(cfg.threat).delta == pytest.approx(wider * delta)
     reach = {"pgd_at_2": 2 * delta, "trades_2": 2 * delta, "pgd_at": delta, "trades": delta}
@@ -66,18 +67,28 @@ def test_the_experiment_file_is_the_arm_that_was_best():
 
 
 def test_what_an_epoch_costs_is_inner_steps_and_sets_of_images():
-    passes = {arm: case_study.ARMS[arm].passes for arm in ("pgd_at", "critical_draw", "trades", "wdat_ce", "combined")}
+    passes = {arm: ARMS[arm].passes for arm in ("pgd_at", "critical_draw", "trades", "wdat_ce", "combined")}
     assert passes == {"pgd_at": 4, "critical_draw": 4, "trades": 5, "wdat_ce": 5, "combined": 9}
 
 
-def test_at_equal_cost_arms_have_fewer_epochs_from_scratch(tmp_path):
-    options = ["--arms", "trades", "combined", "--seeds", "0", "--scratch", "--passes", "45", "--data", "FILE.npz"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.case_study", *options, "--list"], cwd=ROOT, capture_output=True, text=True
-    )
-    trained = [line for line in done.stdout.splitlines() if line.startswith("train.py")]
-    assert [int(line.split("trainer.max_epochs=")[1].split()[0]) for line in trained] == [9, 5]
-    assert not any("model.checkpoint" in line for line in trained)
+def test_at_equal_cost_arms_have_fewer_epochs_from_scratch():
+    study = Study("resnet2b", Path("out"), Path("FILE.npz"), passes=45, scratch=True)
+    trained = {arm: grids.composed(study.training(arm, 0)[1:]) for arm in ("trades", "combined")}
+    assert {arm: cfg.trainer.max_epochs for arm, cfg in trained.items()} == {"trades": 9, "combined": 5}
+    assert all(cfg.model.checkpoint is None for cfg in trained.values())
+
+
+def test_a_network_without_public_weights_is_trained_first_at_its_own_budget():
+    study = Study("preact_resnet18", Path("out"), Path("FILE.npz"))
+    first, trained = grids.composed(study.first()[1:]), grids.composed(study.training("pgd_at_2", 0)[1:])
+    assert (first.model.checkpoint, first.trainer.max_epochs, first.schedule.optimizer.lr) == (None, 30, 0.1)
+    assert instantiate(first.threat).p == math.inf
+    assert Path(trained.model.checkpoint) == Path("out/preact_resnet18/first/train/checkpoints/last.ckpt")
+    assert instantiate(trained.threat).delta == pytest.approx(8 / 255)
+    assert instantiate(trained.objective).pointwise_budget == pytest.approx(16 / 255)
+    assert trained.trainer.precision == first.trainer.precision == "bf16-mixed"
+    evaluated = _evaluation(study.evaluations("as_found", 0)["test_jpeg"][1:])
+    assert evaluated.model.checkpoint == trained.model.checkpoint
 
 
 @pytest.mark.parametrize("arm", ["as_found", "pgd_at"])  # others differ from the second by the checkpoint's place
