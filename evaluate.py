@@ -99,7 +99,7 @@ def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     with one_at_a_time():
         data.prepare_data()
         network = instantiate(cfg.model)
-    data.setup()
+    data.setup("test" if cfg.split == "test" else None)
     return data, network
 
 

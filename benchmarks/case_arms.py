@@ -38,7 +38,7 @@ NETWORKS = {
         settings=("trainer.precision=bf16-mixed",),
     ),
 }  # fmt: skip
-SCRATCH_RATE = 0.05
+SCRATCH_RATE = 0.1  # the best of 0.02, 0.05 and 0.1 for TRADES in four epochs, on validation images
 
 
 @dataclass(frozen=True)

@@ -274,3 +274,15 @@ def test_a_plain_data_module_keeps_its_images(tmp_path):
     data = make(tmp_path)
     data.train_dataloader()
     assert data.images("train").images.device.type == "cpu"
+
+
+def test_the_test_stage_needs_no_validation_split(tmp_path):
+    path = tmp_path / "few.npz"
+    x = np.zeros((4, 6, 6, 3), np.uint8)
+    np.savez(path, x_train=x, y_train=np.arange(4), x_test=x, y_test=np.arange(4))
+    data = ImageDataModule("npz", 4, path=path, val_size=1024)
+    data.setup("test")
+    data.setup("test")
+    assert len(data.images("test")) == 4
+    with pytest.raises(SettingError, match=r"data\.val_size=1024 of 4 training images"):
+        data.setup("fit")

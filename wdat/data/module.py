@@ -114,6 +114,7 @@ class ImageDataModule(LightningDataModule):
         self.synthetic = Synthetic(**synthetic or {})
         self.pool: SyntheticPool | None = None
         self._sets: dict[str, LabelledImages] = {}
+        self._split = False
         self._share = (0, 1)
 
     def share(self, rank: int, world: int) -> None:
@@ -140,25 +141,27 @@ class ImageDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and splits the images, once for all stages.
 
-        A source without training images has a test set alone.
+        A source without training images has a test set alone, and so has the stage "test", which no `val_size` suits
+        better or worse.
 
         Raises:
             SettingError: The source or the pool can't be read, their labels aren't classes, validation leaves nothing
                 to train on, or a batch has no room for both originals and synthetic images.
         """
-        if self._sets:
+        alone = stage == "test"
+        if self._sets and (alone or self._split):
             return
         data = SOURCES[self.source](self.root, self.path, False)
         check_labels(data, self.num_classes)
         sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test")}
-        if len(data.y_train):
+        if len(data.y_train) and not alone:
             count = self._val_images(len(data.y_train))
             kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
             for split, rows in (("train", kept), ("val", held)):
                 sets[split] = self._set(data.x_train, data.y_train, rows, split)
             if self.synthetic.path is not None:
                 sets["train"] = self._mixed(sets["train"], self.synthetic.path)
-        self._sets = sets
+        self._sets, self._split = sets, not alone
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches of `batch_size` over all processes."""
