@@ -1,6 +1,6 @@
 """The tables and the picture of the case study, from the rows that `benchmarks.case_study` has finished.
 
-    python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json and docs/case-study.png
+    python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json and docs/case-study-*.png
     python -m benchmarks.case_table                          # prints the tables of the record
     python -m benchmarks.case_table outputs/scratch --control trades --record results/case_scratch.json
 
@@ -43,7 +43,7 @@ BASE, CONTROL, MAIN = "as_found", "pgd_at", "w2"
 RESAMPLES = 400
 SHORT = ("clean", "pgd", "wpgd", "w2")  # what the README shows
 RECORD = Path("results/case_study.json")
-PICTURE = Path("docs/case-study.png")
+PICTURES = Path("docs")
 COLUMNS = {
     "clean": "clean", "pgd": "PGD δ", "autoattack": "AutoAttack δ", "wpgd": "W-PGD ReDLR",
     "w2": "W_2 knapsack δ", "w2_2": "2 δ", "w4": "W_4 knapsack δ", "w4_2": "2 δ", "upsilon": "Υ, CE",
@@ -206,16 +206,17 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", help="folder of benchmarks.case_study")
     parser.add_argument("--control", choices=ARMS, default=CONTROL, metavar="ARM", help="what arms are compared with")
     parser.add_argument("--record", type=Path, default=RECORD)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the networks' pictures")
     args = parser.parse_args()
     if args.out:
         record = {"tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
-        if any((row["test"], row["arm"]) == ("test_jpeg", BASE) for row in record["rows"]):
-            picture(args.out, "resnet2b", [BASE, CONTROL, "wdat_ce", "critical_draw"], args.picture)
-            CONSOLE.print(f"picture {args.picture}", markup=False)
+        for network in (r["network"] for r in record["rows"] if (r["test"], r["arm"]) == ("test_jpeg", BASE)):
+            place = args.pictures / f"case-study-{network}.png"
+            picture(args.out, network, [BASE, CONTROL, "wdat_ce", "critical_draw"], place)
+            CONSOLE.print(f"picture {place}", markup=False)
     if not args.record.exists():
         raise SettingError(f"there is no record {args.record}; name the folder of benchmarks.case_study")
     found = json.loads(args.record.read_text())["rows"]

@@ -111,7 +111,9 @@ def constant_momentum(rates):
 
 
 CURVES = {  # epochs, overrides, and the formula
-    "finetune20": (20, [], constant_momentum([0.001 * cosine(k / 40) for k in range(40)])),
+    "finetune20": (
+        20, [], constant_momentum([0.005 * (k / 2 if k < 2 else cosine((k - 2) / 38)) for k in range(40)])
+    ),
     "finetune_plain": (
         20, [], constant_momentum([0.02 * (k / 8 if k < 8 else cosine((k - 8) / 32)) for k in range(40)])
     ),
@@ -151,7 +153,7 @@ def test_the_rates_of_a_run_are_those_of_the_source(name, script):
 # --- all that a recipe means ----------------------------------------------------------------------------------------
 
 MEANS = {  # weight decay, Nesterov, exempt; label smoothing, whose; averaging from; batch size, beta
-    "finetune20": (5e-4, True, [], 0, "all", None, 128, 6),
+    "finetune20": (0, True, [], 0, "all", None, 128, 6),
     "finetune_plain": (5e-4, True, [], 0, "all", None, 128, 6),
     "trades2019": (2e-4, False, [], 0, "all", None, 128, 6),
     "hendrycks2019": (5e-4, True, [], 0, "all", None, 128, 6),
