@@ -26,7 +26,16 @@ ORDER = [
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 LEAVES = {  # injected or called from above; each imports these and itself only
-    "models": {"errors", "seeding", "batch", "records", "guard", "threat", "console"},  # its programs print
+    "models": {
+        "errors",
+        "checkpoints",
+        "seeding",
+        "batch",
+        "records",
+        "guard",
+        "threat",
+        "console",
+    },  # its programs print
     "data": {*BASE, "records"},
     "metrics": set(BASE),
     "schedules": set(BASE),

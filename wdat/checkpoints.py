@@ -90,15 +90,25 @@ def _finite(values: Tensor) -> bool:
     return bool(values.isfinite().all())
 
 
+def broken_part(path: Path) -> str | None:
+    """The part of a file of `torch.save` whose bytes aren't those of its checksum; None if all are.
+
+    `torch.load` doesn't look at the checksums.
+
+    Raises:
+        zipfile.BadZipFile: The file is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file; None if it is whole and can be loaded."""
     if not path.exists():
         return "it doesn't exist"
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load doesn't look at the checksums
-            broken = archive.testzip()
-            if broken:
-                return f"its part {broken} is damaged"
+        if broken := broken_part(path):
+            return f"its part {broken} is damaged"
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of itself
         return _first_line(error) or type(error).__name__

@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 
 from torch import nn
 
+from wdat.checkpoints import broken_part
 from wdat.errors import SettingError
 from wdat.models.checkpoint import read
 
@@ -102,18 +103,11 @@ def _fetch(file: WeightFile, to: Path, network: str) -> None:
         raise _refused([file], network, _why(error)) from error
     try:
         read(to, "model.root")
-        _check_sums(to)
+        part = broken_part(to) if zipfile.is_zipfile(to) else None
+        if part:
+            raise SettingError(f"{to} is damaged in its part {part}: fetch it again")
     except SettingError as error:
         raise _refused([file], network, str(error).replace(str(to), "what arrived")) from error
-
-
-def _check_sums(path: Path) -> None:
-    """Refuse a file whose parts differ from the sums that it holds, which `torch.load` doesn't look at."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-        if part:
-            raise SettingError(f"{path} is damaged in its part {part}: fetch it again")
 
 
 def _refused(files: Sequence[WeightFile], network: str, reason: str) -> SettingError:
