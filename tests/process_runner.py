@@ -33,7 +33,7 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def run_together(
-    folder: Path, script: Path, *arguments: object, world: int = 2, timeout: float = 100, **changes: str
+    folder: Path, script: Path, *arguments: object, world: int = 2, timeout: float = 280, **changes: str
 ) -> list[SimpleNamespace]:
     """Run a script in each of several processes: status, out and err of each.
 

@@ -253,7 +253,6 @@ def only(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_an_offline_run_of_wandb_holds_everything(offline, home, tmp_path, monkeypatch):
     monkeypatch.setenv("WDAT_SECRET", "hunter2")
@@ -288,7 +287,6 @@ def test_an_offline_run_of_wandb_holds_everything(offline, home, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_a_run_kept_on_this_machine_says_once_how_to_upload_it(offline):
     found = train("logger=wandb")
@@ -298,7 +296,6 @@ def test_a_run_kept_on_this_machine_says_once_how_to_upload_it(offline):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.filterwarnings("default")  # tensorboard's own
 def test_csv_and_tensorboard_have_the_same_names():
     assert train(folder="csv").status == train("logger=tensorboard", folder="tb").status == 0
@@ -309,7 +306,6 @@ def test_csv_and_tensorboard_have_the_same_names():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.filterwarnings("default")  # wandb's own
 @pytest.mark.parametrize(
     ("fault", "status"), [(RuntimeError("broken"), 1), (KeyboardInterrupt(), 1), (Stopped(15, "stopped"), 143)]
@@ -329,7 +325,6 @@ def test_a_run_that_breaks_is_finished_with_status_1(offline, monkeypatch, fault
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_each_job_of_a_sweep_has_its_own_run_in_one_group(offline):
     found = run_script(SCRIPT, "-m", *SHORT, "logger=wandb", "seed=0,1", "hydra.sweep.dir=sweeps/by_seed")

@@ -278,7 +278,7 @@ def test_as_a_process(tmp_path):
     def run(*arguments):
         command = [sys.executable, str(SCRIPT), *QUICK, *arguments, "hydra.run.dir=run"]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=200
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=280
         )
 
     bad = run("attacks=[wpgdd]")

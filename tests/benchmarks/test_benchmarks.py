@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(module, *arguments):
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -110,7 +110,7 @@ def test_the_pool_benchmark(shared, tmp_path):
 def test_missing_images_are_named(module, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{module}", "--data", str(tmp_path / "no.npz"), "--output"]
     command += [str(tmp_path / "record.json"), "--network", "small_cnn"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2
     assert "error: --data=" in done.stderr
     assert "Traceback" not in done.stderr

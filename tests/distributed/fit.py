@@ -33,7 +33,7 @@ CONF = Path(__file__).absolute().parents[2] / "conf"
 
 def trainer(world: int, options: dict[str, Any]) -> L.Trainer:
     """On the CPU, quiet, in float64; divided over processes that were started already."""
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=40)) if world > 1 else "auto"
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)) if world > 1 else "auto"
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy, precision="64-true", enable_model_summary=False,

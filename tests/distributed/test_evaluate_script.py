@@ -30,7 +30,7 @@ FILES = {"records.json", "report.html", "curve.png", "flips_linf.pt", "distances
 
 alone = partial(run_script, SCRIPT)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_torchrun_gives_the_folder_of_one_process(single, tmp_path):
     """Without hydra.run.dir, whose default holds the time: the first process chooses the folder for both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *WHOLE]
     about = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=about, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=about, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -47,7 +47,6 @@ def same_figures(alone, shared, case):
             alike(a[key], b[key], rel=1e-6 if a["attack"] == "none" else precise, path=[*about, key])
 
 
-@pytest.mark.timeout(120)
 def test_two_processes_give_the_records_of_one(measured, images, weights):
     """845 images (an odd number), 3, and 1, for which one process has an empty shard."""
     one, (first, second) = measured(images=str(images), weights=str(weights))
@@ -60,7 +59,6 @@ def test_two_processes_give_the_records_of_one(measured, images, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_real_network_on_845_real_images(measured, shared):
     weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
     if not weights.exists() or not images.exists():

@@ -12,7 +12,6 @@ import pytest
 WORKER = Path(__file__).parent / "failing.py"
 
 
-@pytest.mark.timeout(120)
 def test_an_error_on_one_process_is_raised_on_both(results):
     first, second = results(WORKER, "agree", 40)
     kinds = ["SettingError", "RunError", "RunError", "SettingError", "RunError", "SettingError", "none"]
@@ -32,8 +31,7 @@ def test_an_error_on_one_process_is_raised_on_both(results):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize(("mode", "seconds"), [("die", 60), ("hang", 4), ("ddp", 60)])
+@pytest.mark.parametrize(("mode", "seconds"), [("die", 200), ("hang", 4), ("ddp", 200)])
 def test_nobody_waits_for_a_process_that_is_gone(launch, mode, seconds):
     """Neither for one that has ended nor, beyond the time limit, for one that is still there."""
     started = time.monotonic()
@@ -45,4 +43,4 @@ def test_nobody_waits_for_a_process_that_is_gone(launch, mode, seconds):
     assert "process_timeout" in text
     assert text.endswith("; go on with resume=RUN") is (mode == "ddp")
     assert second.status == (0 if mode == "hang" else 3), second.err
-    assert time.monotonic() - started < 55
+    assert time.monotonic() - started < 180

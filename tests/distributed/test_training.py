@@ -85,7 +85,6 @@ def same_weights(start, one, first, second, name, moved=1e-4):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
 @pytest.mark.parametrize("cases", [CASES, OTHERS], ids=["whole", "in part and in unequal shares"])
 def test_two_processes_train_what_one_does(compared, cases):
@@ -95,7 +94,6 @@ def test_two_processes_train_what_one_does(compared, cases):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_also_with_a_pool_of_synthetic_images(compared):
     start, one, first, second = compared(list(POOLED.values()))
     for name, *weights in zip(POOLED, one, first, second, strict=True):
@@ -103,7 +101,6 @@ def test_also_with_a_pool_of_synthetic_images(compared):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
 def test_a_process_may_have_nothing_to_validate(compared):
     """No image at all, or none in the last of its batches of 4; the network can't take an empty batch."""

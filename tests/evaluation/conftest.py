@@ -44,7 +44,7 @@ class Chromium:
             f"--user-data-dir={self.folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=4000",
             "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", *options, path.as_uri(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     def console(self, page: Path) -> list[str]:

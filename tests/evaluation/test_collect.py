@@ -138,7 +138,7 @@ def test_from_the_command_line(tmp_path):
 
     def collect(*places):
         command = [sys.executable, "-m", "wdat.evaluation.collect", *map(str, places)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
     good = collect(tmp_path / "run")
     assert good.returncode == 0

@@ -77,7 +77,7 @@ def test_wandbs_own_files_hold_no_secret(tmp_path):
     folder = tmp_path / "run"
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TRAIN), *TRAINED, "logger=wandb", f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert any("wandb" in name for name in contents(folder))
     assert holds_a_secret(SimpleNamespace(out=done.stdout, err=done.stderr), folder) == []
