@@ -21,7 +21,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
@@ -73,6 +73,10 @@ def choose_device(name: str, place: Place) -> torch.device:
 
 def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack]]:
     """The threat as configured, one for each budget, and the attacks; refuses what can't be done before any work."""
+    for key in ("attacks", "deltas", "losses"):
+        if not isinstance(cfg[key], ListConfig):
+            one = "" if cfg[key] is None else cfg[key]
+            raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{one}]")
     if cfg.split not in ("test", "val"):
         raise unknown("split", cfg.split, ("test", "val"), "split")
     for name in cfg.attacks:
@@ -80,6 +84,10 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
             raise unknown("attack", name, ATTACKS, "attacks")
         if ATTACKS[name].by_distance:
             raise SettingError(f"attacks: {name} trains; to evaluate, use knapsack")
+    if cfg.save_distances and "knapsack" not in cfg.attacks:
+        raise SettingError(
+            "save_distances=true writes the distances of the knapsack: add it to attacks, or set it false"
+        )
     if not cfg.deltas or not cfg.losses:
         raise SettingError("deltas and losses must each name at least one: deltas=[8/255] losses=[ce]")
     check_timeout(cfg.process_timeout)
@@ -119,6 +127,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
     everyone = team.join(cfg.process_timeout)
     with together(everyone):
         device = choose_device(cfg.device, team.place)
+        if team.first and not cfg.resume:
+            check_unused(run_dir)
         book = RecordBook(run_dir / "records.json" if team.first else None)
         if device.type == "cuda" and team.place.world > 1:
             torch.cuda.set_device(device)
@@ -128,7 +138,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
         images = ImageTensors.collect(loader, device)
         network = network.to(device).eval()
-    facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
+    name = models.title(cfg.model)
+    facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as live:
@@ -146,7 +157,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
             pictures=True,
         )  # fmt: skip
         on = f"{device}" if team.place.world == 1 else f"{team.place.world} processes ({device.type})"
-        console.print(f"{cfg.model.name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
+        console.print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
         with together(everyone):
             radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
         session = Session(evaluator, book, run_dir)
@@ -160,6 +171,14 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
     return book
+
+
+def check_unused(run_dir: Path) -> None:
+    """Refuse to mix with the records of another evaluation."""
+    if (run_dir / "records.json").exists():
+        raise SettingError(
+            f"hydra.run.dir={run_dir} holds an evaluation: go on with resume={run_dir}, or name another folder"
+        )
 
 
 def show(book: RecordBook, run_dir: Path, console: PlainConsole) -> None:

@@ -85,7 +85,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if first and not cfg.resume:
         check_unused(run_dir)
     book = RecordBook(run_dir / "records.json" if first else None, fresh=not cfg.resume)
-    facts = Facts(cfg.model.name, str(cfg.model.checkpoint or ""), data.name, cfg.seed)
+    facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
     resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
     if notice:
         say(notice)
@@ -130,8 +130,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if not resume:
         measure("before")
     trainer.fit(module, data, ckpt_path=resume)
-    if resume and trainer.global_step == begun:
-        book.forget("after")  # of the same weights, perhaps in part
+    book.forget("after")  # of a run that goes on: of other weights, or measured in part
     best = chosen(trainer, run_dir)
     if best:
         state = torch.load(best, map_location=module.device, weights_only=True)

@@ -51,6 +51,16 @@ def test_a_full_disk_is_reported_before_the_old_checkpoint_is_touched(run, monke
     assert {f.name for f in last(run).parent.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
 
 
+def test_a_file_system_without_hard_links(run, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    SafeCheckpointIO().save_checkpoint(checkpoint(3), last(run))
+    assert (steps(last(run)), steps(previous(last(run)))) == (3, 2)
+    assert {f.name for f in last(run).parent.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"

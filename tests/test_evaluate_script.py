@@ -172,6 +172,9 @@ def test_resuming_adds_what_is_missing(finished, tmp_path):
     again = evaluate(f"resume={run}")
     assert again.status == 0
     assert json.loads((run / "records.json").read_text()) == after
+    mixed = evaluate(*few, f"hydra.run.dir={run}")
+    assert mixed.status == 2
+    assert f"holds an evaluation: go on with resume={run}, or name another folder" in mixed.err
 
 
 def test_resuming_with_the_other_split(tmp_path):
@@ -194,9 +197,11 @@ def test_resuming_what_is_no_evaluation(tmp_path):
 def test_damaged_records_are_not_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "records.json").write_text("[{")
-    result = evaluate(*QUICK, "attacks=[fgsm]", f"hydra.run.dir={tmp_path / 'run'}")
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(json.dumps([*QUICK, "attacks=[fgsm]"]))
+    result = evaluate(f"resume={tmp_path / 'run'}")
     assert result.status == 2
-    assert "records.json" in result.err
+    assert "records.json isn't a list of records" in result.err
     assert (tmp_path / "run" / "records.json").read_text() == "[{"
 
 
@@ -243,6 +248,10 @@ BAD = {
     "deltas=[abc]": ["deltas", "abc"],
     "deltas=[-0.1]": ["deltas", "-0.1"],
     "deltas=[]": ["deltas"],
+    "deltas=8/255": ["deltas=8/255 must be a list: deltas=[8/255]"],
+    "deltas=0.03": ["deltas=0.03 must be a list: deltas=[0.03]"],
+    "losses=ce": ["losses=[ce]"],
+    "attacks=null": ["attacks=[]"],
     "threat.p=1": ["threat.p", "wpgd"],
     "split=train": ["split", "train"],
     "batch_size=0": ["batch_size"],
@@ -269,6 +278,12 @@ def test_bad_input_is_refused_before_any_work(tmp_path, override):
     for word in BAD[override]:
         assert word in result.err
     assert not (tmp_path / "run" / "records.json").exists()
+
+
+def test_distances_are_those_of_the_knapsack(tmp_path):
+    result = evaluate(*QUICK, "attacks=[pgd]", "save_distances=true", "hydra.run.dir=run")
+    assert result.status == 2
+    assert "save_distances=true writes the distances of the knapsack: add it to attacks" in result.err
 
 
 @pytest.mark.slow

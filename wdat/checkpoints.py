@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             if path.exists():
                 aside = path.with_name(path.name + ".old")
                 aside.unlink(missing_ok=True)
-                os.link(path, aside)  # so that `path` is never missing
+                _twin(path, aside)  # so that `path` is never missing
                 os.replace(aside, previous(path))
             os.replace(temporary, path)
         except OSError as error:
@@ -70,6 +71,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Tensors and plain values only, whatever `weights_only` says."""
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return loaded
+
+
+def _twin(path: Path, other: Path) -> None:
+    """The same file under another name; a copy where the file system has no hard links, as exFAT and network drives."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def _first_line(error: BaseException) -> str:

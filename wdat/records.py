@@ -54,12 +54,16 @@ class Facts:
         checkpoint: Its file, or `""` for the registry's own weights or a fresh network.
         data: Name of the data, with a note where it was re-encoded.
         seed: The run's seed.
+        weights: What tells the network's weights from others, where it was taken.
+        images: The same of the images.
     """
 
     network: str = "network"
     checkpoint: str = ""
     data: str = "data"
     seed: int = 0
+    weights: str | None = None
+    images: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ class Record:
         upsilon: Υ of the set for that loss (clean records).
         loss_misclassified: W(0), mean loss over misclassified images (clean records); None if there are none.
         epoch: Epochs trained, for stage `epoch`.
+        weights, images: Digests of what was measured, where they were taken (`evaluate.py` takes them).
         dropped: Images left out because their gradient was not finite.
         details: What only some attacks know, in plain values; `wdat.evaluation.details` lists the keys.
     """
@@ -113,6 +118,8 @@ class Record:
     upsilon: float | None = None
     loss_misclassified: float | None = None
     epoch: int | None = None
+    weights: str | None = None
+    images: str | None = None
     dropped: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 

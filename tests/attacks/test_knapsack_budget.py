@@ -55,6 +55,11 @@ def first_order(network, x, y, norm):
     return torch.tensor(found)
 
 
+def reach_by_hand(distances, p, delta):
+    """The radius of critical: δ itself where the attacker is pointwise."""
+    return delta if math.isinf(p) else critical_by_hand(distances, p, delta)
+
+
 def critical_by_hand(distances, p, delta):
     """The largest distance that the cheapest-first attacker pays for, the fractional one included."""
     left, largest = float(len(distances)), 0.0
@@ -123,14 +128,11 @@ def test_radii_of_critical_by_hand(norm, p):
     d = first_order(network, x, y, norm)
     delta = 0.7 * float(d.median())
     result = attacked("critical", network, x, y, ThreatModel(p, norm, delta), d)
-    reach = critical_by_hand(d, p, delta)
+    reach = reach_by_hand(d, p, delta)
     torch.testing.assert_close(result.radii, torch.full_like(d, reach))
     assert (result.distances <= result.radii * (1 + 1e-9)).all()
     assert (result.distances > 0.4 * reach).all()
-    if math.isinf(p):
-        assert reach <= delta
-    else:
-        assert reach > delta  # what uniform radii at δ miss
+    assert math.isinf(p) or reach > delta  # what uniform radii at δ miss
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -141,7 +143,7 @@ def test_radii_of_critical_draw_by_hand(norm, p):
     delta = 0.7 * float(d.median())
     result = attacked("critical_draw", network, x, y, ThreatModel(p, norm, delta), d)
     draws = [1.0 if math.isinf(p) else (i / 17) ** (1 / p) for i in range(1, 17)]
-    torch.testing.assert_close(result.radii, critical_by_hand(d, p, delta) * torch.tensor(draws, dtype=d.dtype))
+    torch.testing.assert_close(result.radii, reach_by_hand(d, p, delta) * torch.tensor(draws, dtype=d.dtype))
     assert (result.distances <= result.radii * (1 + 1e-9)).all()
 
 
@@ -179,7 +181,8 @@ def test_the_table_decides_not_the_batch(name, p):
     delta = 0.7 * float(d.median())
     elsewhere = torch.full((200,), 0.5 * delta, dtype=d.dtype)
     result = attacked(name, network, x, y, ThreatModel(p, "l2", delta), elsewhere)
-    assert float(result.radii.max()) <= 1.2 * 0.5 * delta * (1 + 1e-9)
+    pointwise = math.isinf(p) and name != "knapsack_budget"
+    assert float(result.radii.max()) <= (1 if pointwise else 1.2 * 0.5) * delta * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,6 +193,8 @@ def test_nothing_to_spend_and_nothing_to_spend_it_on(name, p, norm):
     d = first_order(network, x, y, norm)
     none = attacked(name, network, x, y, ThreatModel(p, norm, 0), d)
     assert torch.equal(none.x_adv, x)
+    if math.isinf(p) and name != "knapsack_budget":
+        return  # every radius is δ
     y = (network(x).argmax(1) + 1) % 4  # everything is misclassified
     wrong = attacked(name, network, x, y, ThreatModel(p, norm, 0.1), torch.zeros(16, dtype=torch.float64))
     assert torch.equal(wrong.x_adv, x)
@@ -313,6 +318,8 @@ def test_a_short_training(network, name, estimator, p):
         assert len(values) == {"exact": 48, "subsample": 32}[estimator]
         reach = critical_by_hand(values.double(), p, 0.05)
         assert reach == pytest.approx(solve(values, threat).critical)
+        if name != "knapsack_budget":
+            reach = reach_by_hand(values.double(), p, 0.05)
         if name == "critical":
             torch.testing.assert_close(result.radii, torch.full((16,), reach), rtol=1e-5, atol=0)
         elif name == "critical_draw":
@@ -365,6 +372,14 @@ def test_they_do_not_evaluate(name, p):
 def test_a_cap_is_refused_not_ignored(name):
     with pytest.raises(SettingError, match=r"attack\.radius_max=4"):
         build(name, radius_max=4.0)
+
+
+@pytest.mark.parametrize("name", ["critical", "critical_draw"])
+def test_at_infinite_order_every_radius_is_delta(name):
+    network, x, y = linear()
+    d = first_order(network, x, y, "linf")
+    result = attacked(name, network, x, y, ThreatModel(math.inf, "linf", 0.5 * float(d[d > 0].min())), d)
+    torch.testing.assert_close(result.radii, torch.full_like(d, 0.5 * float(d[d > 0].min())))
 
 
 @pytest.mark.parametrize("name", ["critical", "critical_draw"])

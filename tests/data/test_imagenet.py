@@ -178,6 +178,7 @@ def test_a_balanced_limit(root):
 
 def test_a_root_without_training_images_serves_for_evaluation(root, tmp_path):
     (tmp_path / "val").symlink_to(root / "val")
+    (tmp_path / "train").mkdir()  # not yet unpacked
     data = make(tmp_path)
     x, _ = whole(data.test_dataloader())
     assert torch.equal(x, whole(make(root).test_dataloader())[0])

@@ -294,7 +294,7 @@ def test_validation_and_test_images_are_originals(tmp_path):
     data = mixed(tmp_path)
     assert data.splits == {"train": 32, "val": 8, "test": 11}
     assert data.pool_share == 5 / 8
-    assert data.name == "npz:own with 0.6 of pool"
+    assert data.name == "npz:own", "what is measured"
     assert all(batch.synthetic is None for batch in (*data.val_dataloader(), *data.test_dataloader()))
 
 

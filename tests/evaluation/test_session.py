@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,21 @@ def test_what_was_changed_is_computed_again(session, worked, change):
     CHANGES[change](session())
     CHANGES[change](session())
     assert len(worked) == 1
+
+
+def test_other_weights_under_the_same_name_are_refused(session, worked):
+    weights = Facts("net", "best.ckpt", "data", 0, "0123")
+    session(facts=weights).clean(THREAT, "ce")
+    session(facts=weights).clean(THREAT, "ce")
+    assert worked == [("clean", "ce")]
+    with pytest.raises(SettingError, match=r"other weights that best.ckpt had then.*hydra\.run\.dir"):
+        session(facts=replace(weights, weights="4567"))
+
+
+def test_other_images_of_the_same_name_are_another_measurement(session, problem, worked):
+    session().clean(THREAT, "ce")
+    session(images=ImageTensors(problem[1].x.flip(0), problem[1].y.flip(0))).clean(THREAT, "ce")
+    assert worked == 2 * [("clean", "ce")]
 
 
 ELSEWHERE = {

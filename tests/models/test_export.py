@@ -140,6 +140,13 @@ def test_evaluations_fill_the_card(zoo_run: Path, tmp_path: Path) -> None:
     records.write(tmp_path / "evaluation" / "records.json", [replace(found[1], checkpoint="other.pt")])
     with pytest.raises(SettingError, match=r"are of other.pt \(--records\)"):
         export(zoo_run, evaluations=[tmp_path / "evaluation"])
+    for change, fault in (
+        ({"weights": "0"}, "weights that best.ckpt has no more"),
+        ({"data": "npz:own"}, "data=npz:own"),
+    ):
+        records.write(tmp_path / "evaluation" / "records.json", [replace(found[1], **change)])
+        with pytest.raises(SettingError, match=fault):
+            export(zoo_run, evaluations=[tmp_path / "evaluation"])
     with pytest.raises(SettingError, match=r"there are no records .*nowhere.records.json \(--records\)"):
         export(zoo_run, evaluations=[tmp_path / "nowhere"])
 
@@ -159,11 +166,21 @@ def test_a_local_network(run_of: Callable[..., Path], images: Tensor, capsys: py
 
 
 def test_fresh_weights_saw_no_further_images() -> None:
-    origin = Origin("small_cnn", "", True, "digits", "small_cnn", 2.0, "linf", 0.1, "0.1")
+    origin = Origin("small_cnn", "", True, "", "digits", "small_cnn", 2.0, "linf", 0.1, "0.1")
     values, reasons = card(origin, [])
     assert values["additional_data"] is False
     assert values["footnote"] == "Trained from fresh weights with wdat (W_2, linf, δ = 0.1). Accuracies: none."
     assert [reason.partition(":")[0] for reason in reasons][1:] == ["clean_acc", "autoattack_acc", "knapsack_acc"]
+    values, _ = card(replace(origin, pool="0.7 of each batch from 1m"), [])
+    assert values["additional_data"] is True
+    assert "δ = 0.1 and 0.7 of each batch from 1m)" in values["footnote"]
+
+
+def test_records_of_weights_that_trained_on_are_left_behind(zoo_run: Path) -> None:
+    """A run of an older version measured again after it had gone on."""
+    kept = records.read(zoo_run / "records.json")
+    records.write(zoo_run / "records.json", [*kept, *(replace(r, accuracy=0.9) for r in kept if r.stage == "after")])
+    assert json.loads(export(zoo_run).card.read_text())["clean_acc"] == "90.00"
 
 
 def remove(name: str) -> Callable[[Path], object]:

@@ -75,7 +75,7 @@ class KnapsackBudget(WPGDBudget):
 
 @dataclass
 class Critical(KnapsackBudget):
-    """Uniform radii at the critical distance d* instead of δ: the optimal attacker reaches that far."""
+    """Uniform radii at the critical distance d* instead of δ: the optimal attacker reaches that far. At p = inf, δ."""
 
     name: ClassVar[str] = "critical"
 
@@ -85,7 +85,7 @@ class Critical(KnapsackBudget):
             raise SettingError(f"attack.kappa={self.kappa} belongs to knapsack_budget; critical gives every image d*")
 
     def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
-        return torch.full_like(norms, self._critical(sensitivity, threat))
+        return torch.full_like(norms, threat.delta if threat.is_pointwise else self._critical(sensitivity, threat))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from wdat.callbacks.attack_log import AttackLog
 from wdat.callbacks.averaging import ExponentialAveraging
+from wdat.callbacks.best_checkpoint import BestCheckpoint
 from wdat.callbacks.cost import StepCost
 from wdat.callbacks.last_checkpoint import LastCheckpoint
 from wdat.callbacks.progress import WorkProgress
@@ -10,6 +11,7 @@ from wdat.callbacks.stopping import GracefulStop
 
 __all__ = [
     "AttackLog",
+    "BestCheckpoint",
     "ExponentialAveraging",
     "GracefulStop",
     "LastCheckpoint",

@@ -42,7 +42,7 @@ def imagenet(root: str | Path) -> Splits:
         test, y_test = [test[row] for row in order.tolist()], y_test[order]
     train: list[str] = []
     y_train = torch.zeros(0, dtype=torch.int64)
-    if os.path.isdir(folder / "train"):
+    if any(entry.is_dir() for entry in _entries(folder / "train")):  # an empty folder is as good as none
         found, train, y_train = _class_folders(folder, "train")
         if found != classes:
             odd = sorted(set(found) ^ set(classes))
@@ -50,6 +50,11 @@ def imagenet(root: str | Path) -> Splits:
     return Splits(
         Files.of(folder / "train", train), y_train, Files.of(folder / "val", test), y_test, tuple(classes)
     )  # fmt: skip
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing where it isn't there."""
+    return list(os.scandir(folder)) if os.path.isdir(folder) else []
 
 
 def _class_folders(root: Path, split: str) -> tuple[list[str], list[str], Tensor]:

@@ -239,13 +239,12 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the data in records: the source, what of it, and the share of a pool.
+        """The name of the data in records: the source, with the file of `npz` or the cut of `imagenet`.
 
-        What of it is the file of `npz` and the cut of `imagenet`.
+        A pool isn't measured on and has no part in it.
         """
         about = {"npz": self.path and Path(self.path).stem, "imagenet": self.preprocessing}.get(self.source)
-        name, pool = f"{self.source}:{about}" if about else self.source, self.synthetic
-        return name if pool.path is None else f"{name} with {pool.fraction:g} of {Path(pool.path).stem}"
+        return f"{self.source}:{about}" if about else self.source
 
     def _mixed(self, images: LabelledImages, path: str | Path) -> MixedSet:
         """Training images beside the pool."""

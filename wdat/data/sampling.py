@@ -47,7 +47,7 @@ class _Plan(DistributedSampler[BatchPlan]):
 
 
 def synthetic_places(size: int, fraction: float) -> Tensor:
-    """Which places of a global batch are a pool's: round(f·B) of them, spread evenly, so that processes share them.
+    """Which places of a global batch are a pool's: B − round((1 − f)·B), spread evenly, so that processes share them.
 
     Args:
         size: Images in the global batch, B.

@@ -27,7 +27,17 @@ def signature(record: Record) -> tuple[Any, ...]:
     """What makes two records the same measurement."""
     options = tuple(sorted((k, str(v)) for k, v in record.options.items() if k != "batch_size"))
     where = (record.network, record.checkpoint, record.data, record.split, record.seed, record.n)
-    return (*where, record.attack, options, record.loss, record.p, record.norm, round(record.delta, 12))
+    return (
+        *where,
+        record.weights,
+        record.images,
+        record.attack,
+        options,
+        record.loss,
+        record.p,
+        record.norm,
+        round(record.delta, 12),
+    )
 
 
 class Session:
@@ -40,12 +50,23 @@ class Session:
         evaluator: The network and the images.
         book: Where records are and go; on processes other than the first, one without a file.
         folder: Where nearest flips are kept between the attacks that need them.
+
+    Raises:
+        SettingError: If the folder has records of other weights under the same name.
     """
 
     def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
-        self.evaluator, self.book, self.folder = evaluator, book, folder
+        images = kept.digest(evaluator.images, evaluator.rows, evaluator.processes)
+        self.facts = replace(evaluator.facts, images=images[:16])
+        self.evaluator, self.book, self.folder = replace(evaluator, facts=self.facts), book, folder
         self._done = {signature(r) for r in book.records}
-        self._digest: str | None = None
+        with together(evaluator.processes):
+            if any(self._of_other_weights(r) for r in book.records):
+                name = self.facts.checkpoint or self.facts.network
+                raise SettingError(
+                    f"{folder} holds an evaluation of other weights that {name} had then: name another folder "
+                    "(hydra.run.dir)"
+                )
 
     def clean(self, threat: ThreatModel, loss: str) -> None:
         """The clean record of one loss."""
@@ -84,6 +105,10 @@ class Session:
             if distances is not None and labels is not None:
                 np.savez(self.folder / f"distances_{norm}.npz", distances=distances.numpy(), labels=labels.numpy())
 
+    def _of_other_weights(self, record: Record) -> bool:
+        named = (record.network, record.checkpoint) == (self.facts.network, self.facts.checkpoint)
+        return named and None not in (record.weights, self.facts.weights) and record.weights != self.facts.weights
+
     def _missing(self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel) -> bool:
         wanted = self.evaluator.record(
             hits=0, attack=name, options=options, loss=loss, p=threat.p, norm=threat.norm, delta=threat.delta,
@@ -101,11 +126,9 @@ class Session:
         """Nearest flips, from the folder where an interrupted evaluation left them, else searched and kept."""
         evaluator = self.evaluator
         images, rows, processes, report = evaluator.images, evaluator.rows, evaluator.processes, evaluator.progress
-        if self._digest is None:
-            self._digest = kept.digest(images, rows, processes)
         file = self.folder / f"flips_{norm}.pt"
-        about: dict[str, Any] = {"search": str(attack.search), "facts": str(evaluator.facts)}
-        about |= {"split": evaluator.split, "n": evaluator.size, "images": self._digest}
+        about: dict[str, Any] = {"search": str(attack.search), "facts": str(self.facts)}
+        about |= {"split": evaluator.split, "n": evaluator.size}
         found = kept.load(file, about, images.x, rows, processes)
         if found is not None:
             return found

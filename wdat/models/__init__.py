@@ -10,7 +10,7 @@ from torch import nn
 
 from wdat.errors import SettingError
 from wdat.models import build, zoo
-from wdat.models.checkpoint import load_checkpoint
+from wdat.models.checkpoint import digest, load_checkpoint
 from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
 from wdat.models.local import LOCAL, seeded
 from wdat.models.speed import accelerate
@@ -19,12 +19,14 @@ __all__ = [
     "LOCAL",
     "accelerate",
     "describe",
+    "digest",
     "find_head",
     "keep_frozen_in_eval",
     "load_checkpoint",
     "load_network",
     "prepare",
     "preprocessing",
+    "title",
 ]
 
 
@@ -69,6 +71,17 @@ def load_network(
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
     return network.eval()
+
+
+def title(settings: Mapping[str, Any]) -> str:
+    """A network's name in records: names of the zoo mean other weights in another part of it, which is then added.
+
+    Args:
+        settings: What `load_network` is called with, by name.
+    """
+    name = str(settings["name"])
+    part = [str(settings.get(key, usual)) for key, usual in (("dataset", "cifar10"), ("threat_model", "Linf"))]
+    return name if name in LOCAL or part == ["cifar10", "Linf"] else f"{name} ({', '.join(part)})"
 
 
 def preprocessing(settings: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ class Origin:
         network: Name of the network that was trained.
         start: The file that it started from; `""` for the zoo's own weights or fresh ones.
         fresh: Whether it started from fresh weights.
+        pool: The synthetic images that it was trained on too, and their share; `""` for none.
         dataset: Name of the images it was trained on.
         architecture: What its architecture is called.
         p: The threat's Wasserstein order.
@@ -31,6 +32,7 @@ class Origin:
     network: str
     start: str
     fresh: bool
+    pool: str
     dataset: str
     architecture: str
     p: float
@@ -56,7 +58,7 @@ def card(origin: Origin, records: Sequence[Record]) -> tuple[dict[str, Any], lis
     knapsack = _best([r for r in records if r.attack == "knapsack" and _same(r, origin, origin.p)])
     values = {
         **dict.fromkeys(("link", "name", "authors")),
-        "additional_data": False if origin.fresh else None,
+        "additional_data": True if origin.pool else False if origin.fresh else None,
         "number_forward_passes": 1,
         "dataset": origin.dataset,
         "venue": None,
@@ -69,7 +71,7 @@ def card(origin: Origin, records: Sequence[Record]) -> tuple[dict[str, Any], lis
         "knapsack_acc": _percent(knapsack),
     }
     reasons = [f"{', '.join(BY_HAND)}: null, to be filled by hand from your publication"]
-    if not origin.fresh:
+    if not origin.fresh and not origin.pool:
         reasons.append(f"additional_data: null, because {origin.network} may have been trained on further images")
     ball = f"{origin.norm}, δ = {origin.eps}"
     if clean is None:
@@ -102,6 +104,7 @@ def _footnote(origin: Origin, measured: dict[str, Record | None]) -> str:
     figures = "; ".join(f"{what} on {r.n} test images" for what, r in found.items())
     clean = measured["clean"]
     where = f" of {clean.data}, seed {clean.seed}" if clean else ""
+    trained = f" and {origin.pool}" if origin.pool else ""
     version = f" {clean.versions.get('wdat', '')}".rstrip() if clean else ""
     threat = f"W_{origin.p:g}, {origin.norm}, δ = {origin.eps}"
-    return f"{begun} with wdat{version} ({threat}). Accuracies: {figures or 'none'}{where}."
+    return f"{begun} with wdat{version} ({threat}{trained}). Accuracies: {figures or 'none'}{where}."

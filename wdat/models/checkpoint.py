@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -50,6 +51,16 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> nn.Module:
         )
     network.load_state_dict(state, strict=True)
     return network
+
+
+def digest(network: nn.Module) -> str:
+    """What tells a network's weights and buffers from others: 16 hexadecimal digits of a SHA-256 sum."""
+    found = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def read(path: Path, setting: str) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from wdat.errors import SettingError
 from wdat.models import build, zoo
 from wdat.models.card import Origin, card
-from wdat.models.checkpoint import load_checkpoint
+from wdat.models.checkpoint import digest, load_checkpoint
 from wdat.models.labels import label
 from wdat.models.local import LOCAL
 from wdat.records import Record, read
@@ -58,11 +58,12 @@ def export(run: Path, out: Path | None = None, evaluations: Sequence[Path] = ())
     """
     config = _config(run)
     name, entry = _who(config, run)
-    after = [r for r in read(run / "records.json") if r.stage == "after" and r.split == "test"]
+    measured = [r for r in read(run / "records.json") if r.stage == "after" and r.split == "test"]
+    after = list({(r.attack, r.loss, r.p, r.norm, r.delta): r for r in measured}.values())  # the latest of each
     checkpoint = _checkpoint(run, after)
     network = build.architecture(entry) if entry else LOCAL[name](config.model.num_classes)
     load_checkpoint(network, checkpoint)
-    records = [*after, *(r for place in evaluations for r in _evaluated(place, name, checkpoint))]
+    records = [*after, *(r for place in evaluations for r in _evaluated(place, after[-1], network, checkpoint))]
     full = entry.name if entry else name
     values, notes = card(_origin(config, full, network, after[-1].data), records)
     if entry is None:
@@ -129,13 +130,17 @@ def _checkpoint(run: Path, after: Sequence[Record]) -> Path:
     return path
 
 
-def _evaluated(place: Path, name: str, checkpoint: Path) -> list[Record]:
-    """The records of an evaluation, all of them of the checkpoint's network."""
+def _evaluated(place: Path, after: Record, network: nn.Module, checkpoint: Path) -> list[Record]:
+    """The records of an evaluation, all of them of the checkpoint's network and of the run's own images."""
     file = place if place.is_file() else place / "records.json"
     if not file.is_file():
         raise SettingError(f"there are no records {file} (--records): name the folder of a run of evaluate.py")
     found = [r for r in read(file) if r.stage == "evaluate" and r.split == "test"]
-    other = {r.checkpoint or r.network for r in found if not _is(r, name, checkpoint)}
+    other = {r.checkpoint or r.network for r in found if not _is(r, after.network, checkpoint)}
+    if not other and any(r.weights not in (None, digest(network)) for r in found):
+        other = {f"weights that {checkpoint.name} has no more"}
+    if not other and any(r.data != after.data for r in found):
+        other = {f"data={', '.join(sorted({r.data for r in found}))}, the run's of data={after.data}"}
     if other or not found:
         what = f"of {', '.join(sorted(other))}" if other else "none of test images"
         raise SettingError(
@@ -165,6 +170,7 @@ def _origin(config: DictConfig, name: str, network: nn.Module, data: str) -> Ori
         network=name,
         start=Path(start).name,
         fresh=not start and model.name in LOCAL,
+        pool=_pool(config),
         dataset=config.data.source if config.data.source in zoo.CLASSES else data,
         architecture=name if type(network).__module__.startswith("wdat.") else label(network),
         p=float(threat.p),
@@ -172,6 +178,12 @@ def _origin(config: DictConfig, name: str, network: nn.Module, data: str) -> Ori
         delta=parse_budget(threat.delta, "threat.delta"),
         eps=str(threat.delta),
     )
+
+
+def _pool(config: DictConfig) -> str:
+    """The synthetic images of a run, in words."""
+    path = OmegaConf.select(config, "data.synthetic.path")
+    return f"{config.data.synthetic.fraction:g} of each batch from {Path(path).stem}" if path else ""
 
 
 def _renamed(path: Path, write: Callable[[Path], Any]) -> None:
