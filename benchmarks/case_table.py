@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +76,20 @@ def knapsack(distances: Tensor, p: float, delta: float) -> float:
     return solve(distances, ThreatModel(p, "linf", delta)).accuracy
 
 
-def resampled(runs: Sequence[Sequence[Tensor]], delta: float, seed: int = 0) -> list[NDArray[np.float64]]:
-    """The main figure of several arms in the same resamples of images, mean over the arm's networks: (RESAMPLES,) each.
+@cache
+def resampled(place: Path, delta: float, seed: int = 0) -> NDArray[np.float64]:
+    """The main figure of one network in resamples of the images, the same ones for every network: (RESAMPLES,).
 
     Args:
-        runs: For each arm, the distances (N,) of each of its networks, on the same images in the same order.
+        place: Of its evaluation; all that are compared are of the same images in the same order.
         delta: δ in pixel units.
         seed: Of the resamples.
     """
-    n = len(runs[0][0])
-    rng = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(n, (n,), generator=rng) for _ in range(RESAMPLES)]
+    distances = flips(place)
+    n, rng = len(distances), torch.Generator().manual_seed(seed)
     p, multiple = KNAPSACKS[MAIN]
-    return [np.array([np.mean([knapsack(d[r], p, multiple * delta) for d in arm]) for r in rows]) for arm in runs]
+    drawn = (distances[torch.randint(n, (n,), generator=rng)] for _ in range(RESAMPLES))
+    return np.array([knapsack(d, p, multiple * delta) for d in drawn])
 
 
 def difference(these: dict[int, Path], those: dict[int, Path], delta: float) -> dict[str, Any]:
@@ -96,8 +98,8 @@ def difference(these: dict[int, Path], those: dict[int, Path], delta: float) -> 
     by_seed = {s: 100 * (measured(a, delta)[MAIN] - measured(b, delta)[MAIN]) for s, (a, b) in pairs.items()}
     over = spread(by_seed)
     assert over is not None
-    mine, other = resampled([[flips(a) for a, _ in pairs.values()], [flips(b) for _, b in pairs.values()]], delta)
-    low, high = np.quantile(100 * (mine - other), [0.025, 0.975])
+    resamples = [resampled(a, delta) - resampled(b, delta) for a, b in pairs.values()]
+    low, high = np.quantile(100 * np.mean(resamples, axis=0), [0.025, 0.975])
     return {
         "mean": over.mean, "by_seed": by_seed, "seeds_low": over.low, "seeds_high": over.high,
         "images_low": float(low), "images_high": float(high),
@@ -223,7 +225,8 @@ def main() -> None:
     for network, test in dict.fromkeys((row["network"], row["test"]) for row in found):
         print(f"\n{network}, {TESTS[test]}\n\n{table(found, network, test)}")
     if any(row["test"] == "test_jpeg" for row in found):
-        print(f"\nin short\n\n{table(found, 'resnet2b', 'test_jpeg', SHORT)}")
+        short = [f"{n}\n\n{table(found, n, 'test_jpeg', SHORT)}" for n in dict.fromkeys(r["network"] for r in found)]
+        print("\nin short", *short, sep="\n\n")
 
 
 if __name__ == "__main__":

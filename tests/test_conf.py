@@ -11,11 +11,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method, instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from wdat import models
-from wdat.callbacks import AttackLog, GracefulStop, LastCheckpoint, RobustEvaluation, StepCost, WorkProgress
+from wdat.callbacks import (
+    AttackLog,
+    BestCheckpoint,
+    GracefulStop,
+    LastCheckpoint,
+    RobustEvaluation,
+    StepCost,
+    WorkProgress,
+)
 from wdat.data import ImageDataModule
 from wdat.models import LOCAL, zoo
 from wdat.threat import ThreatModel
@@ -242,7 +249,7 @@ def test_callbacks(composed, choice, tmp_path):
     built = list(map(instantiate, config.callbacks.values()))
     if choice != "default":
         return
-    wanted = {RobustEvaluation, AttackLog, StepCost, WorkProgress, ModelCheckpoint, LastCheckpoint, GracefulStop}
+    wanted = {RobustEvaluation, AttackLog, StepCost, WorkProgress, BestCheckpoint, LastCheckpoint, GracefulStop}
     assert wanted == set(map(type, built))
     evaluation = next(c for c in built if isinstance(c, RobustEvaluation))
     assert evaluation.pointwise.pointwise
@@ -251,7 +258,7 @@ def test_callbacks(composed, choice, tmp_path):
         assert (attack.steps, attack.step_size) == (50, pytest.approx(1.875 / 50))
         assert attack.loss in ("ce", "redlr")
     assert evaluation.curve == (0.25, 3)
-    checkpoints = [c for c in built if isinstance(c, ModelCheckpoint)]
+    checkpoints = [c for c in built if isinstance(c, BestCheckpoint)]
     assert (checkpoints[0].monitor, checkpoints[0].mode) == ("val/acc_clean", "max")
     assert {Path(c.dirpath) for c in checkpoints} == {tmp_path / "checkpoints"}
 
