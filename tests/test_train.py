@@ -180,8 +180,9 @@ def resumed(finished):
 
 
 def test_a_resumed_run_keeps_its_records_and_adds_epochs(finished, resumed):
-    old, new = resumed.records[: len(finished.records)], resumed.records[len(finished.records) :]
-    assert old == finished.records
+    kept = [r for r in finished.records if r.stage != "after"]  # the weights of then are no more
+    old, new = resumed.records[: len(kept)], resumed.records[len(kept) :]
+    assert old == kept
     assert [(r.stage, r.epoch) for r in new] == [("epoch", 3)] * 3 + [("after", None)] * 5
     assert resumed.result.err == ""
 
