@@ -38,7 +38,7 @@ from wdat.launch import one_at_a_time
 from wdat.place import Place, place_of
 from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
-from wdat.resume import check_folder, resumed_arguments
+from wdat.resume import check_folder, check_unused, resumed_arguments
 from wdat.sweep import Sweep
 from wdat.team import Team, check_timeout
 from wdat.threat import parse_budget
@@ -75,8 +75,8 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
     """The threat as configured, one for each budget, and the attacks; refuses what can't be done before any work."""
     for key in ("attacks", "deltas", "losses"):
         if not isinstance(cfg[key], ListConfig):
-            one = "" if cfg[key] is None else cfg[key]
-            raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{one}]")
+            usual = {"attacks": "pgd,wpgd,knapsack", "deltas": "8/255", "losses": "ce,redlr"}[key]
+            raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{cfg[key] or usual}]")
     if cfg.split not in ("test", "val"):
         raise unknown("split", cfg.split, ("test", "val"), "split")
     for name in cfg.attacks:
@@ -94,7 +94,7 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
     base: ThreatModel = instantiate(cfg.threat)
     threats = [ThreatModel(base.p, base.norm, parse_budget(delta, "deltas")) for delta in cfg.deltas]
     options = OmegaConf.to_container(cfg.attack_options, resolve=True)
-    attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)  # type: ignore[arg-type]
+    attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)  # type: ignore[arg-type]  # a mapping
     for attack in attacks:
         attack.threat_of(base)
     return base, threats, attacks
@@ -128,7 +128,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
     with together(everyone):
         device = choose_device(cfg.device, team.place)
         if team.first and not cfg.resume:
-            check_unused(run_dir)
+            check_unused(run_dir, "records.json", "an evaluation")
         book = RecordBook(run_dir / "records.json" if team.first else None)
         if device.type == "cuda" and team.place.world > 1:
             torch.cuda.set_device(device)
@@ -171,14 +171,6 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
     return book
-
-
-def check_unused(run_dir: Path) -> None:
-    """Refuse to mix with the records of another evaluation."""
-    if (run_dir / "records.json").exists():
-        raise SettingError(
-            f"hydra.run.dir={run_dir} holds an evaluation: go on with resume={run_dir}, or name another folder"
-        )
 
 
 def show(book: RecordBook, run_dir: Path, console: PlainConsole) -> None:

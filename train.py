@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import hydra
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -40,7 +40,7 @@ from wdat.objectives import Objective
 from wdat.optim import peak_rate
 from wdat.processes import others_reached
 from wdat.records import Facts, RecordBook
-from wdat.resume import check_folder, resumed_arguments
+from wdat.resume import check_folder, check_unused, resumed_arguments
 from wdat.schedules import Cosine
 from wdat.sensitivity import Batch
 from wdat.sweep import Sweep
@@ -83,7 +83,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     )
     first = trainer.is_global_zero
     if first and not cfg.resume:
-        check_unused(run_dir)
+        # A run that stopped before it saved anything may be begun again.
+        check_unused(run_dir, f"{checkpoints.FOLDER}/{checkpoints.LAST}", "a run")
     book = RecordBook(run_dir / "records.json" if first else None, fresh=not cfg.resume)
     facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
     resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
@@ -117,8 +118,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     )
     module.notice = say
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
-    evaluation = next(c for c in trainer.callbacks if isinstance(c, RobustEvaluation))  # type: ignore[attr-defined]
-    progress = next((c.report for c in trainer.callbacks if isinstance(c, WorkProgress)), None)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning declares nowhere
+    evaluation = next(c for c in callbacks if isinstance(c, RobustEvaluation))
+    progress = next((c.report for c in callbacks if isinstance(c, WorkProgress)), None)
     evaluation.describe(book, facts, progress)
     module.report = progress or module.report
 
@@ -152,17 +154,11 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     return book
 
 
-def check_unused(run_dir: Path) -> None:
-    """Refuse to write over another run, but for one that stopped before it saved anything."""
-    if (run_dir / checkpoints.FOLDER / checkpoints.LAST).exists():
-        raise SettingError(f"hydra.run.dir={run_dir} holds a run: go on with resume={run_dir}, or name another folder")
-
-
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
     """The checkpoint that the monitor chose; without validation, or where it can't be used, the last; None for none."""
     folder = run_dir / checkpoints.FOLDER
     last = folder / checkpoints.LAST
-    best = Path(trainer.checkpoint_callback.best_model_path or last)  # type: ignore[union-attr]
+    best = Path(trainer.checkpoint_callback.best_model_path or last)  # type: ignore[union-attr]  # there is one
     for candidate in (best, last):
         # A resumed run takes the name from its checkpoint; no file outside the run is meant.
         if candidate.exists() and candidate.resolve().parent == folder.resolve():
@@ -193,10 +189,10 @@ def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
     """The optimiser, still without parameters, its rate that of the batch size."""
     per_batch = cfg.schedule.get("per_batch")
     if per_batch is None:
-        return instantiate(cfg.schedule.optimizer)  # type: ignore[no-any-return]
+        return instantiate(cfg.schedule.optimizer)  # type: ignore[no-any-return]  # Hydra
     rate = peak_rate(cfg.schedule.optimizer.lr, cfg.data.batch_size, per_batch)
     say(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({cfg.schedule.optimizer.lr:g} for {per_batch})")
-    return instantiate(cfg.schedule.optimizer, lr=rate)  # type: ignore[no-any-return]
+    return instantiate(cfg.schedule.optimizer, lr=rate)  # type: ignore[no-any-return]  # likewise
 
 
 def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule) -> None:

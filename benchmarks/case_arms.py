@@ -15,7 +15,7 @@ class Network:
         rate: Peak learning rate of fine-tuning, chosen on validation images (`preact_resnet18`: not yet).
         weights: Its file as found, in `WDAT_SHARED`; none if the study trains it.
         first: Overrides of `train.py` that make it, if it has no weights.
-        settings: Overrides of every training and evaluation of it.
+        settings: Overrides of every training of it.
     """
 
     delta: int

@@ -6,8 +6,8 @@
     python -m benchmarks.case_study --network preact_resnet18 --arms as_found pgd_at critical_draw  # for a GPU
 
 Each row is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
-first. What is finished is left alone, and what was
-stopped goes on, so the same command may be given again. `python -m benchmarks.case_table` makes the tables.
+first. What is finished is left alone, and what was stopped goes on, so the same command may be given again.
+`python -m benchmarks.case_table` makes the tables.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def run(command: list[str], log: Path) -> None:
 
 def train(command: list[str], place: Path) -> None:
     """Train in a folder unless that is finished; what was stopped goes on."""
-    if not {"wpgd"} <= attacks_of(place, "after"):
+    if "wpgd" not in attacks_of(place, "after"):
         stopped = (place / "checkpoints/last.ckpt").exists()
         run(["train.py", f"resume={place}"] if stopped else command, place.with_suffix(".log"))
 

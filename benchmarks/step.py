@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from rich.progress import track
 from rich.table import Table as Printed
 from torch import nn

@@ -23,7 +23,7 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import numpy as np
 import torch
 from rich.table import Table as Printed

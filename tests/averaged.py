@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint

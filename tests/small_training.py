@@ -6,7 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from torch import nn

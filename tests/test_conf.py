@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir

@@ -251,7 +251,7 @@ BAD = {
     "deltas=8/255": ["deltas=8/255 must be a list: deltas=[8/255]"],
     "deltas=0.03": ["deltas=0.03 must be a list: deltas=[0.03]"],
     "losses=ce": ["losses=[ce]"],
-    "attacks=null": ["attacks=[]"],
+    "attacks=null": ["attacks=[pgd,wpgd,knapsack]"],
     "threat.p=1": ["threat.p", "wpgd"],
     "split=train": ["split", "train"],
     "batch_size=0": ["batch_size"],

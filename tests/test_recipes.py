@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir

@@ -54,7 +54,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.replace(aside, previous(path))
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            for left in (temporary, path.with_name(path.name + ".old")):
+                left.unlink(missing_ok=True)
             reason = error.strerror or _first_line(error)
             kept = f"; {path.name} is still that of before" if path.exists() else ""
             raise RunError(

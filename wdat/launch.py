@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch.distributed as dist
 from hydra.conf import HydraConf
 from hydra.types import RunMode

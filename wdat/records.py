@@ -55,7 +55,6 @@ class Facts:
         data: Name of the data, with a note where it was re-encoded.
         seed: The run's seed.
         weights: What tells the network's weights from others, where it was taken.
-        images: The same of the images.
     """
 
     network: str = "network"
@@ -63,7 +62,6 @@ class Facts:
     data: str = "data"
     seed: int = 0
     weights: str | None = None
-    images: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,21 @@ def check_folder(arguments: Sequence[str]) -> None:
         raise SettingError(f"hydra.run.dir={folder} can't be written ({reason}): name another folder") from error
 
 
+def check_unused(folder: Path, file: str, what: str) -> None:
+    """Refuse to write over what a folder holds.
+
+    Args:
+        folder: Of the run that is about to begin.
+        file: What tells that another one was there.
+        what: What that was, in words.
+
+    Raises:
+        SettingError: If the file is there.
+    """
+    if (folder / file).exists():
+        raise SettingError(f"hydra.run.dir={folder} holds {what}: go on with resume={folder}, or name another folder")
+
+
 def _unquoted(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1].replace(f"\\{text[0]}", text[0])

@@ -6,7 +6,7 @@ import copy
 import math
 from functools import partial
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -193,11 +193,11 @@ def test_nothing_to_spend_and_nothing_to_spend_it_on(name, p, norm):
     d = first_order(network, x, y, norm)
     none = attacked(name, network, x, y, ThreatModel(p, norm, 0), d)
     assert torch.equal(none.x_adv, x)
-    if math.isinf(p) and name != "knapsack_budget":
-        return  # every radius is δ
+    pointwise = math.isinf(p) and name != "knapsack_budget"  # every radius is δ, whatever there is to spend it on
     y = (network(x).argmax(1) + 1) % 4  # everything is misclassified
     wrong = attacked(name, network, x, y, ThreatModel(p, norm, 0.1), torch.zeros(16, dtype=torch.float64))
-    assert torch.equal(wrong.x_adv, x)
+    assert torch.equal(wrong.x_adv, x) != pointwise
+    assert set(wrong.radii.tolist()) == {0.1 if pointwise else 0.0}
     flat = nn.Sequential(nn.Flatten(), nn.Linear(27, 4)).double()
     nn.init.zeros_(flat[1].weight)
     nn.init.constant_(flat[1].bias[0], 1.0)

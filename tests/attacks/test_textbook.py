@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the customary name)
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from wdat.attacks import Context, build, sensitivity_radii

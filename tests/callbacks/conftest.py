@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger

@@ -241,7 +241,7 @@ class _Elsewhere:
 
     global_rank, world_size = 0, 1
 
-    class strategy:  # noqa: N801
+    class strategy:  # noqa: N801 (an attribute of Lightning's trainer)
         root_device = torch.device("meta")
 
 

@@ -311,7 +311,7 @@ def test_a_batch_without_originals_is_refused_before_any_work(tmp_path):
 class _Elsewhere:
     global_rank, world_size = 0, 1
 
-    class strategy:  # noqa: N801
+    class strategy:  # noqa: N801 (an attribute of Lightning's trainer)
         root_device = torch.device("meta")
 
 

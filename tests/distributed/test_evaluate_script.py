@@ -172,6 +172,10 @@ def test_what_only_the_first_process_can_know_ends_both(tmp_path):
     (tmp_path / "run" / "records.json").write_text("[{")
     message = refused(run_together(tmp_path, SCRIPT, *QUICK, "hydra.run.dir=run"))
     assert "hydra.run.dir=run holds an evaluation: go on with resume=run" in message.replace(f"{tmp_path}/", "")
+    (tmp_path / "run" / ".hydra").mkdir(exist_ok=True)
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(json.dumps(QUICK))
+    message = refused(run_together(tmp_path, SCRIPT, "resume=run"))
+    assert "records.json isn't a list of records" in message
     shutil.rmtree(tmp_path / "run")
     message = refused(run_together(tmp_path, SCRIPT, *QUICK, "resume=nowhere"))
     assert "resume=nowhere" in message

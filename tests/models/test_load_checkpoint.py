@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wdat.errors import SettingError
-from wdat.models import load_checkpoint, load_network
+from wdat.models import digest, load_checkpoint, load_network, title
 
 
 def fresh(name: str = "resnet2b", seed: int = 1) -> nn.Module:
@@ -152,3 +152,28 @@ def test_whatever_is_damaged_is_refused_in_our_words(tmp_path: Path) -> None:
                 path.write_bytes(damaged)
                 with contextlib.suppress(SettingError):
                     load_checkpoint(nn.Linear(4, 3), path)
+
+
+def test_a_digest_tells_weights_from_others() -> None:
+    """Buffers and scalars of any type count; running it changes nothing."""
+    network, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    assert digest(network) == digest(other) == digest(network.to(torch.float32))
+    other.num_batches_tracked += 1
+    assert digest(network) != digest(other)
+    assert digest(network) != digest(nn.BatchNorm2d(3).to(torch.bfloat16))
+    other = nn.BatchNorm2d(3)
+    other.weight.data[1] += 1e-7
+    assert digest(network) != digest(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"name": "small_cnn", "dataset": "cifar100"}, "small_cnn"),
+        ({"name": "Wang2023"}, "Wang2023"),
+        ({"name": "Wang2023", "threat_model": "L2"}, "Wang2023 (cifar10, L2)"),
+        ({"name": "Wang2023", "dataset": "cifar100", "threat_model": "Linf"}, "Wang2023 (cifar100, Linf)"),
+    ],
+)
+def test_networks_of_other_parts_of_the_zoo_have_other_names(settings: dict[str, str], name: str) -> None:
+    assert title(settings) == name

@@ -6,7 +6,7 @@ import copy
 import shutil
 from functools import partial
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from small_training import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
 from small_training import QUIET, SGD, fit, module_for, small_cnn, trainer_for, with_batchnorm

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the customary name)
+import torch.nn.functional as F
 from small_training import QUIET, digits, fit, module_for, small_cnn
 
 from wdat.sensitivity import Batch, Exact, Table

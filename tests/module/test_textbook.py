@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the customary name)
+import torch.nn.functional as F
 from small_training import DELTA, NETWORKS, QUIET, SEED, digits, distributional, fit, module_for, same, small_cnn
 from torch import nn
 

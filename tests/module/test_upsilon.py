@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import lightning as L  # noqa: N812 (the customary name)
+import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the customary name)
+import torch.nn.functional as F
 from small_training import QUIET, digits, fit, module_for, small_cnn
 
 from wdat.attacks import build

@@ -1,6 +1,6 @@
 """When the trainer logs."""
 
-import lightning as L  # noqa: N812
+import lightning as L
 
 
 def due(trainer: L.Trainer) -> bool:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from wdat.errors import SettingError

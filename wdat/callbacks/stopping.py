@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 
 from wdat.checkpoints import way_on
 from wdat.console import PlainConsole

@@ -62,7 +62,7 @@ def _class_folders(root: Path, split: str) -> tuple[list[str], list[str], Tensor
     folder = root / split
     if not os.path.isdir(folder):
         raise _error(root, f"there is no folder {folder.absolute()}", "set data.root to the folder that holds val/")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(entry.name for entry in _entries(folder) if entry.is_dir())
     if not classes:
         raise _error(root, f"{split}/ has no class folders", f"sort its images into {split}/CLASS/")
     names, labels = [], []

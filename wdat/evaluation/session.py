@@ -27,17 +27,8 @@ def signature(record: Record) -> tuple[Any, ...]:
     """What makes two records the same measurement."""
     options = tuple(sorted((k, str(v)) for k, v in record.options.items() if k != "batch_size"))
     where = (record.network, record.checkpoint, record.data, record.split, record.seed, record.n)
-    return (
-        *where,
-        record.weights,
-        record.images,
-        record.attack,
-        options,
-        record.loss,
-        record.p,
-        record.norm,
-        round(record.delta, 12),
-    )
+    what = (record.attack, options, record.loss, record.p, record.norm, round(record.delta, 12))
+    return (*where, record.weights, record.images, *what)
 
 
 class Session:
@@ -56,13 +47,12 @@ class Session:
     """
 
     def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
-        images = kept.digest(evaluator.images, evaluator.rows, evaluator.processes)
-        self.facts = replace(evaluator.facts, images=images[:16])
-        self.evaluator, self.book, self.folder = replace(evaluator, facts=self.facts), book, folder
+        self.evaluator, self.book, self.folder = evaluator, book, folder
+        self._images = kept.digest(evaluator.images, evaluator.rows, evaluator.processes)[:16]
         self._done = {signature(r) for r in book.records}
         with together(evaluator.processes):
             if any(self._of_other_weights(r) for r in book.records):
-                name = self.facts.checkpoint or self.facts.network
+                name = evaluator.facts.checkpoint or evaluator.facts.network
                 raise SettingError(
                     f"{folder} holds an evaluation of other weights that {name} had then: name another folder "
                     "(hydra.run.dir)"
@@ -106,18 +96,23 @@ class Session:
                 np.savez(self.folder / f"distances_{norm}.npz", distances=distances.numpy(), labels=labels.numpy())
 
     def _of_other_weights(self, record: Record) -> bool:
-        named = (record.network, record.checkpoint) == (self.facts.network, self.facts.checkpoint)
-        return named and None not in (record.weights, self.facts.weights) and record.weights != self.facts.weights
+        facts = self.evaluator.facts
+        named = (record.network, record.checkpoint) == (facts.network, facts.checkpoint)
+        return named and None not in (record.weights, facts.weights) and record.weights != facts.weights
 
     def _missing(self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel) -> bool:
         wanted = self.evaluator.record(
             hits=0, attack=name, options=options, loss=loss, p=threat.p, norm=threat.norm, delta=threat.delta,
             loss_mean=None, distance=0.0, seconds=0.0,
         )  # fmt: skip
-        missing = float(self.evaluator.processes.rank == 0 and signature(wanted) not in self._done)
+        missing = float(self.evaluator.processes.rank == 0 and signature(self._with_images(wanted)) not in self._done)
         return bool(self.evaluator.processes.max(missing))
 
+    def _with_images(self, record: Record) -> Record:
+        return replace(record, images=self._images)
+
     def _add(self, record: Record) -> None:
+        record = self._with_images(record)
         with together(self.evaluator.processes):
             self.book.add([record])
         self._done.add(signature(record))
@@ -127,8 +122,8 @@ class Session:
         evaluator = self.evaluator
         images, rows, processes, report = evaluator.images, evaluator.rows, evaluator.processes, evaluator.progress
         file = self.folder / f"flips_{norm}.pt"
-        about: dict[str, Any] = {"search": str(attack.search), "facts": str(self.facts)}
-        about |= {"split": evaluator.split, "n": evaluator.size}
+        about: dict[str, Any] = {"search": str(attack.search), "facts": str(evaluator.facts)}
+        about |= {"split": evaluator.split, "n": evaluator.size, "images": self._images}
         found = kept.load(file, about, images.x, rows, processes)
         if found is not None:
             return found
