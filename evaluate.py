@@ -27,20 +27,21 @@ from torch import nn
 
 from wdat import ThreatModel, models
 from wdat.attacks import ATTACKS, Attack
-from wdat.console import PlainConsole, evaluation_table, quiet_libraries, readable_errors
+from wdat.cli.console import evaluation_table, quiet_libraries, readable_errors
+from wdat.cli.launch import one_at_a_time
+from wdat.cli.place import Place, place_of
+from wdat.cli.resume import check_folder, check_unused, resumed_arguments
+from wdat.cli.sweep import Sweep
+from wdat.cli.team import Team, check_timeout
+from wdat.distributed import current, together
 from wdat.errors import RunError, SettingError, cause, unknown
 from wdat.evaluation import ImageTensors
-from wdat.evaluation.plots import accuracy_against_budget
-from wdat.evaluation.report import write_report
-from wdat.evaluation.run import Evaluator, plan
+from wdat.evaluation.evaluator import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
-from wdat.launch import one_at_a_time
-from wdat.place import Place, place_of
-from wdat.processes import current, together
 from wdat.records import Facts, RecordBook
-from wdat.resume import check_folder, check_unused, resumed_arguments
-from wdat.sweep import Sweep
-from wdat.team import Team, check_timeout
+from wdat.reporting.plots import accuracy_against_budget
+from wdat.reporting.report import write_report
+from wdat.terminal import PlainConsole
 from wdat.threat import parse_budget
 
 

@@ -26,24 +26,28 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from wdat import checkpoints, dashboard, loggers, models
+from wdat import models
 from wdat.attacks import build
-from wdat.callbacks import RobustEvaluation, WorkProgress
-from wdat.checkpoints import SafeCheckpointIO
-from wdat.console import PlainConsole, before_after, figures, quiet_libraries, readable_errors
+from wdat.cli.console import before_after, figures, quiet_libraries, readable_errors
+from wdat.cli.launch import agreed, check_launch, join_group, one_at_a_time
+from wdat.cli.resume import check_folder, check_unused, resumed_arguments
+from wdat.cli.sweep import Sweep
+from wdat.distributed import distributed_errors
 from wdat.errors import SettingError, unknown
-from wdat.evaluation.plots import accuracy_against_budget
-from wdat.evaluation.report import write_report
-from wdat.launch import agreed, check_launch, join_group, one_at_a_time
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.optim import peak_rate
-from wdat.processes import others_reached
 from wdat.records import Facts, RecordBook
-from wdat.resume import check_folder, check_unused, resumed_arguments
-from wdat.schedules import Cosine
+from wdat.reporting import dashboard
+from wdat.reporting.plots import accuracy_against_budget
+from wdat.reporting.report import write_report
 from wdat.sensitivity import Batch
-from wdat.sweep import Sweep
+from wdat.terminal import PlainConsole
+from wdat.training import checkpointing as checkpoints
+from wdat.training import loggers
+from wdat.training.callbacks import RobustEvaluation, WorkProgress
+from wdat.training.checkpointing import SafeCheckpointIO
+from wdat.training.module import WDATModule
+from wdat.training.optimizers import peak_rate
+from wdat.training.schedulers import Cosine
 
 MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
 
@@ -240,8 +244,8 @@ def main(cfg: DictConfig) -> None:
     quiet_libraries()
     join_group()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    way_on = partial(checkpoints.way_on, run_dir)
-    with readable_errors(), SWEEP.job(), loggers.own_run(), others_reached(way_on):
+    resume_hint = partial(checkpoints.resume_hint, run_dir)
+    with readable_errors(), SWEEP.job(), loggers.own_run(), distributed_errors(resume_hint):
         train(cfg, run_dir)
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.common import CONSOLE, add_common, seconds, spread, write
 from wdat import ThreatModel, attack
-from wdat.guard import undisturbed
+from wdat.gradients import undisturbed
 from wdat.losses import cross_entropy
 from wdat.models import load_network
 

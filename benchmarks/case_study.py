@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, rate
 from benchmarks.common import CONSOLE, SHARED
-from wdat.console import readable_errors
+from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import read
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from benchmarks.case_arms import ARMS, NETWORKS
 from benchmarks.common import CONSOLE
 from wdat.attacks.knapsack_allocation import curve, solve
-from wdat.console import readable_errors
+from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
-from wdat.evaluation.compare import spread
-from wdat.evaluation.plots import new_axes, save
 from wdat.records import installed_versions, read, source_commit
+from wdat.reporting.compare import spread
+from wdat.reporting.plots import new_axes, save
 from wdat.threat import ThreatModel
 
 TESTS = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wdat.checkpoints import FOLDER, LAST, damage, previous, steps
+from wdat.training.checkpointing import FOLDER, LAST, damage, previous, steps
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = "callbacks.robust_evaluation"

@@ -19,11 +19,10 @@ from rich.table import Table
 from benchmarks.common import CONSOLE, add_common, add_real, write
 from wdat import ThreatModel
 from wdat.attacks.allocation import sensitivity_radii
-from wdat.console import readable_errors
+from wdat.cli.console import readable_errors
 from wdat.data import ImageDataModule
 from wdat.errors import SettingError
-from wdat.gradients import input_gradients
-from wdat.guard import undisturbed
+from wdat.gradients import input_gradients, undisturbed
 from wdat.losses import LOSSES
 from wdat.models import load_network
 from wdat.threat import dual_norm, power_mean

@@ -35,15 +35,15 @@ from benchmarks.common import CONSOLE, add_common, add_real, images, seconds, sp
 from benchmarks.sparse import CLASSES, sparse_pool
 from wdat import ThreatModel
 from wdat.attacks import build
-from wdat.batch import Batch
-from wdat.console import readable_errors
+from wdat.cli.console import readable_errors
 from wdat.data import ImageDataModule
+from wdat.data.batch import Batch
+from wdat.distributed import ALONE
 from wdat.models import load_network, prepare
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.processes import ALONE
-from wdat.schedules import Constant
 from wdat.sensitivity import Table, with_pool
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 MEGABYTE = 1 << 20
 

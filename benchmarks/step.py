@@ -33,16 +33,16 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.common import CONSOLE, add_common, add_real, images, seconds, spread, write
 from wdat import ThreatModel
 from wdat.attacks import build
-from wdat.batch import Batch
-from wdat.console import readable_errors
-from wdat.guard import undisturbed
+from wdat.cli.console import readable_errors
+from wdat.data.batch import Batch
+from wdat.distributed import ALONE
+from wdat.gradients import undisturbed
 from wdat.models import accelerate, load_network, prepare
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.processes import ALONE
-from wdat.schedules import Constant
 from wdat.sensitivity import Table
 from wdat.threat import contract, direction
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 DELTA = {"linf": 2 / 255, "l2": 0.25}
 BETA, STEP_SIZE, NOISE = 6.0, 0.25, 0.001

@@ -32,13 +32,13 @@ from benchmarks.common import CONSOLE, add_common, add_real, images, seconds, sp
 from benchmarks.pictures import errors_over_time
 from wdat import ThreatModel
 from wdat.attacks import allocate, build
-from wdat.console import readable_errors
+from wdat.cli.console import readable_errors
+from wdat.distributed import ALONE
 from wdat.models import load_network, prepare
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.processes import ALONE
-from wdat.schedules import Constant
 from wdat.sensitivity import Batch, Ema, Estimator, Sensitivity, Subsample, Table
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 DELTA = {"linf": 2 / 255, "l2": 0.25}
 CAP = 4.0

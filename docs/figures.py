@@ -3,7 +3,7 @@
     python -m docs.figures [FOLDER]
 
 Writes `accuracy.png`, `distances.png`, `before_after.png` and `schedules.png` into FOLDER, by default the folder of
-these pages. Records come from `results/`, their pictures from `wdat.evaluation.plots`, schedules from `conf/schedule/`.
+these pages. Records come from `results/`, their pictures from `wdat.reporting.plots`, schedules from `conf/schedule/`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 
-from wdat.evaluation.plots import accuracy_against_budget, radius_histogram, save
-from wdat.optim import peak_rate
 from wdat.records import read
+from wdat.reporting.plots import accuracy_against_budget, radius_histogram, save
+from wdat.training.optimizers import peak_rate
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

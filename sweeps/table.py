@@ -4,7 +4,7 @@
     python -m sweeps.table outputs/upsilon
 
 Accuracies are of validation images, at the epoch with the highest accuracy under the distributional attack. Test
-images choose nothing, so they aren't shown; where nothing is chosen, `python -m wdat.evaluation.collect` has them.
+images choose nothing, so they aren't shown; where nothing is chosen, `python -m wdat.cli.collect` has them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from wdat.console import percent, readable_errors
+from wdat.cli.console import percent, readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record, read
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from wdat.callbacks import ExponentialAveraging
 from wdat.sensitivity import Table
+from wdat.training.callbacks import ExponentialAveraging
 
 QUIET = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wdat.processes import Processes
+from wdat.distributed import Processes
 
 hypothesis.settings.register_profile("wdat", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("wdat")
@@ -43,8 +43,8 @@ def shared() -> Path:
 class Threads(Processes):
     """One of several threads that stand for processes; each reduction is a meeting of all of them."""
 
-    def __init__(self, rank: int, world: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.world, self._slots, self._barrier = rank, world, slots, barrier
+    def __init__(self, rank: int, world_size: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size, self._slots, self._barrier = rank, world_size, slots, barrier
 
     def _exchange(self, value: Any) -> list[Any]:
         self._slots[self.rank] = value
@@ -69,19 +69,19 @@ class Threads(Processes):
 
 @pytest.fixture
 def together() -> Callable[..., list[Any]]:
-    """`together(world, function)` runs `function(processes)` on each simulated process; results by rank."""
+    """`together(world_size, function)` runs `function(processes)` on each simulated process; results by rank."""
 
-    def run(world: int, function: Callable[[Processes], Any]) -> list[Any]:
-        barrier, slots = threading.Barrier(world), [None] * world
+    def run(world_size: int, function: Callable[[Processes], Any]) -> list[Any]:
+        barrier, slots = threading.Barrier(world_size), [None] * world_size
 
         def one(rank: int) -> Any:
             try:
-                return function(Threads(rank, world, slots, barrier))
+                return function(Threads(rank, world_size, slots, barrier))
             except BaseException:
                 barrier.abort()
                 raise
 
-        with ThreadPoolExecutor(world) as pool:
-            return list(pool.map(one, range(world)))
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(one, range(world_size)))
 
     return run

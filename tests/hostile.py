@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from wdat import records
-from wdat.evaluation.report import write_report
 from wdat.records import Record
+from wdat.reporting.report import write_report
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"

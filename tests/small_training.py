@@ -14,11 +14,11 @@ from torch import nn
 from wdat import models
 from wdat.attacks import build
 from wdat.data import ImageDataModule
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.schedules import Constant
 from wdat.sensitivity import Batch
 from wdat.threat import ThreatModel
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 CONF = Path(__file__).parents[1] / "conf"
 SEED = 11

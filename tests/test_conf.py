@@ -14,7 +14,10 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
 from wdat import models
-from wdat.callbacks import (
+from wdat.data import ImageDataModule
+from wdat.models import LOCAL, zoo
+from wdat.threat import ThreatModel
+from wdat.training.callbacks import (
     AttackLog,
     BestCheckpoint,
     GracefulStop,
@@ -23,9 +26,6 @@ from wdat.callbacks import (
     StepCost,
     WorkProgress,
 )
-from wdat.data import ImageDataModule
-from wdat.models import LOCAL, zoo
-from wdat.threat import ThreatModel
 
 CONF = Path(__file__).parents[1] / "conf"
 LOCALLY = ("data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1")

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from wdat.gradients import forward, input_gradients
-from wdat.guard import ordinary, undisturbed
+from wdat.gradients import forward, input_gradients, ordinary, undisturbed
 from wdat.losses import cross_entropy
 
 

@@ -20,11 +20,11 @@ from torch import nn
 from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.models import LOCAL
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.schedules import OneCycle
 from wdat.sensitivity import Batch
 from wdat.threat import ThreatModel
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import OneCycle
 
 ROOT = Path(__file__).parents[1]
 SCHEDULES = sorted(f.stem for f in (ROOT / "conf" / "schedule").glob("*.yaml"))
@@ -273,7 +273,7 @@ class Mixed(ImageDataModule):
     """Every other image counts as synthetic."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        return batch._replace(synthetic=batch.place % 2 == 1)
+        return batch._replace(synthetic=batch.position % 2 == 1)
 
 
 class First(L.Callback):
@@ -293,7 +293,7 @@ def test_labels_of_synthetic_images_are_smoothed_in_training(name):
     module.notice = notices.append
     (batch,) = data.train_dataloader()
     logits = module_for(None, None).network.train()(batch.x).detach()
-    share = torch.full((16,), 0.1) if name == "wang2023" else 0.1 * (batch.place % 2)
+    share = torch.full((16,), 0.1) if name == "wang2023" else 0.1 * (batch.position % 2)
     target = nn.functional.one_hot(batch.y, 10) * (1 - share[:, None]) + share[:, None] / 10
     fit(module, data, 1, first)
     assert first.loss == pytest.approx(float(-(target * logits.log_softmax(1)).sum(1).mean()), rel=1e-5)

@@ -15,7 +15,7 @@ PURPOSES = (
 
 
 def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
-    """A CPU generator for one purpose and one place in the run.
+    """A CPU generator for one purpose and one position in the run.
 
     Args:
         seed: The seed of the run, 0 included.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wdat.distributed import ALONE, Processes
 from wdat.errors import SettingError, unknown
-from wdat.processes import ALONE, Processes
 
 NORMS = ("linf", "l2")
 

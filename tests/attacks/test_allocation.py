@@ -12,8 +12,8 @@ from scipy.optimize import brentq
 from torch.testing import assert_close
 
 from wdat.attacks import allocate, capped_radii, granted_share, sensitivity_radii
+from wdat.distributed import ALONE
 from wdat.errors import SettingError
-from wdat.processes import ALONE
 from wdat.sensitivity import Batch, Ema, Sample, Sensitivity
 from wdat.threat import ThreatModel, power_mean
 

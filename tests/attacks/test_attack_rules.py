@@ -257,7 +257,7 @@ def test_training_wpgd_couples_the_global_batch_over_processes(problem, together
         context = Context(processes=processes, sensitivity=estimator, index=torch.arange(12)[rows], training=True)
         return _attack("wpgd")(mine, x[rows], y[rows], threat, context).x_adv
 
-    expected = attack(network, slice(None), wdat.processes.ALONE)
+    expected = attack(network, slice(None), wdat.distributed.ALONE)
     parts = [slice(0, 9), slice(9, 9), slice(9, 12)]
     assert_close(torch.cat(together(3, lambda p: attack(copy.deepcopy(network), parts[p.rank], p))), expected)
 
@@ -310,7 +310,7 @@ def test_training_with_no_gradient_at_all_warns_and_moves_nothing(problem):
     network, x, y = problem()
     y = (network(x).argmax(1) + 1) % 4
     batch = Batch()
-    batch.begin(12, 2.0, 0, wdat.processes.ALONE)
+    batch.begin(12, 2.0, 0, wdat.distributed.ALONE)
     for name in ("wpgd", "wpgd_budget"):
         with pytest.warns(UserWarning, match="zero"):
             result = _attack(name, loss="kl", radii_loss="redlr")(

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from wdat.attacks.fab import as_found, fab_flips, plain
-from wdat.guard import undisturbed
+from wdat.attacks.fab import as_found, fab_points, plain
+from wdat.gradients import undisturbed
 from wdat.threat import image_norm
 
 
@@ -23,7 +23,7 @@ def test_candidates_are_near_flips(problem, norm, targets, dtype):
     network, x, _ = problem(n=12, dtype=dtype)
     y = network(x).argmax(1)
     with undisturbed(network):
-        found = fab_flips(network, x, y, norm, 20, restarts=2, targets=targets)
+        found = fab_points(network, x, y, norm, 20, restarts=2, targets=targets)
     assert found.shape == x.shape
     assert found.dtype == dtype
     assert found.min() >= 0
@@ -39,7 +39,7 @@ def test_more_targets_and_restarts_never_land_further(problem):
 
     def distances(**options):
         with undisturbed(network):
-            moved = image_norm(fab_flips(network, x, y, "l2", 10, **options) - x, "l2")
+            moved = image_norm(fab_points(network, x, y, "l2", 10, **options) - x, "l2")
         return torch.where(moved > 0, moved, torch.inf)
 
     one = distances(targets=1)
@@ -51,12 +51,12 @@ def test_more_targets_and_restarts_never_land_further(problem):
 def test_no_images_and_images_without_a_flip(problem):
     network, x, y = problem(n=4, dtype=torch.float32)
     with undisturbed(network):
-        assert fab_flips(network, x[:0], y[:0], "l2", 3).shape == (0, 3, 4, 4)
+        assert fab_points(network, x[:0], y[:0], "l2", 3).shape == (0, 3, 4, 4)
     firm = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     nn.init.zeros_(firm[1].weight)
     with undisturbed(firm):
         label = firm(x).argmax(1)
-        assert_close(fab_flips(firm, x, label, "linf", 5), x, rtol=0, atol=0)
+        assert_close(fab_points(firm, x, label, "linf", 5), x, rtol=0, atol=0)
 
 
 def test_everything_global_is_left_as_found():

@@ -13,7 +13,7 @@ from wdat import models
 from wdat.attacks import Context, build
 from wdat.attacks.knapsack import certified_figures
 from wdat.errors import SettingError
-from wdat.evaluation.run import Evaluator, ImageTensors
+from wdat.evaluation.evaluator import Evaluator, ImageTensors
 from wdat.evaluation.session import read_radii
 from wdat.threat import ThreatModel
 
@@ -73,10 +73,10 @@ def record_of(network, x, y, threat, pictures=False, **options):
 @pytest.mark.parametrize("norm", NORMS)
 def test_distances_on_a_linear_network_are_margin_over_dual_norm(classes, norm):
     network, x, y = linear(classes)
-    flips = build("knapsack", **SEARCH).find(network, x, y, norm)
+    nearest = build("knapsack", **SEARCH).find(network, x, y, norm)
     wanted = torch.from_numpy(closed_form(network, x, y, norm))
-    torch.testing.assert_close(flips.distances, wanted, rtol=5e-3, atol=1e-9)
-    assert (flips.distances >= wanted * (1 - 1e-9)).all()
+    torch.testing.assert_close(nearest.distances, wanted, rtol=5e-3, atol=1e-9)
+    assert (nearest.distances >= wanted * (1 - 1e-9)).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -233,7 +233,7 @@ def test_two_processes_are_one(together, norm, p):
     attack = build("knapsack", **{**SEARCH, "targets": 2})  # one start, so nothing is drawn
     alone = attack(network, x, y, threat)
     rows = [slice(0, 15), slice(15, 24)]  # one process's part is larger
-    # The guard flips flags of the network it is given, so each simulated process has its own.
+    # The guard nearest flags of the network it is given, so each simulated process has its own.
     copies = [linear()[0] for _ in rows]
 
     def own(processes):
@@ -337,7 +337,7 @@ def test_on_a_real_network_it_is_stronger_than_wpgd(shared, norm, delta):
     evaluator, threat = Evaluator(network, ImageTensors(x, y), 150), ThreatModel(2, norm, delta)
     clean = evaluator.clean(threat, "ce").accuracy
     knapsack = build("knapsack", batch_size=150, starts=1, targets=2, steps=30)
-    knapsack.flips = knapsack.find(network, x, y, norm)
+    knapsack.nearest = knapsack.find(network, x, y, norm)
     optimum = evaluator.attacked(knapsack, threat)
     weakest = min(evaluator.attacked(build("wpgd", loss=loss, steps=30, step_size=1.875 / 30), threat).accuracy
                   for loss in ("ce", "redlr"))  # fmt: skip
@@ -346,6 +346,6 @@ def test_on_a_real_network_it_is_stronger_than_wpgd(shared, norm, delta):
     assert 0 <= materialised["accuracy"] - optimum.accuracy + 1e-9 <= 1 / 150 + 1e-9
     assert materialised["distance"] <= delta * (1 + 1e-5)
     pointwise = evaluator.attacked(knapsack, threat.pointwise())
-    assert pointwise.accuracy == pytest.approx(float((knapsack.flips.distances > delta).float().mean()))
+    assert pointwise.accuracy == pytest.approx(float((knapsack.nearest.distances > delta).float().mean()))
     assert pointwise.accuracy <= evaluator.attacked(build("pgd", steps=30, step_size=1.875 / 30), threat).accuracy
     assert optimum.accuracy <= pointwise.accuracy

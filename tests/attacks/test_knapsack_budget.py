@@ -17,11 +17,11 @@ from wdat.attacks import Context, attack, build
 from wdat.attacks.knapsack_allocation import solve
 from wdat.data import ImageDataModule
 from wdat.errors import SettingError
-from wdat.module import WDATModule
 from wdat.objectives import Objective
-from wdat.schedules import Constant
 from wdat.sensitivity import Batch, Ema, Exact, Subsample
 from wdat.threat import ThreatModel
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 NAMES = ["knapsack_budget", "critical", "critical_draw"]
 NORMS = ["linf", "l2"]

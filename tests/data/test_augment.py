@@ -54,7 +54,7 @@ def test_two_processes_see_what_one_sees(device):
     plans = [TrainPlan(48, 8, 0), TrainPlan(48, 8, 0, 0, 2), TrainPlan(48, 8, 0, 1, 2)]
     for whole, *parts in zip(*plans, strict=True):
         one, many = data[whole], [data[part] for part in parts]
-        for name in ("x", "y", "index", "place"):
+        for name in ("x", "y", "index", "position"):
             assert torch.equal(torch.cat([getattr(part, name) for part in many]), getattr(one, name))
         assert one.x.dtype == torch.float32
         assert one.x.device.type == device

@@ -170,7 +170,7 @@ def test_passes_over_training_rows(tmp_path):
     shared = torch.empty_like(x)
     for rank in (0, 1):
         for batch in data.train_batches(index, 6, rank, 2):
-            shared[batch.place] = batch.x
+            shared[batch.position] = batch.x
     assert torch.equal(shared, x)
     assert list(data.train_batches(index[:0], 0)) == []
 
@@ -232,7 +232,7 @@ def test_digits_end_to_end():
     assert data.image_shape == (3, 32, 32)
     (batch,) = data.test_dataloader()
     assert torch.equal(batch.x, digits().x_test[:20].float() / 255)
-    assert batch.index.tolist() == batch.place.tolist() == list(range(20))
+    assert batch.index.tolist() == batch.position.tolist() == list(range(20))
     assert batch.size == 20
 
 

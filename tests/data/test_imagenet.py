@@ -28,15 +28,15 @@ def root(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for split, each in (("train", 6), ("val", 3)):
         for name in CLASSES:
-            place = folder / split / name
-            place.mkdir(parents=True)
-            (place / "notes.txt").write_text("no image")
+            position = folder / split / name
+            position.mkdir(parents=True)
+            (position / "notes.txt").write_text("no image")
             for k in range(each):
                 height, width = rng.integers(30, 60, 2)
                 pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
                 ending = ("JPEG", "jpg", "png")[k % 3]
                 Image.fromarray(pixels[..., 0] if (name, k) == (CLASSES[1], 2) else pixels).save(
-                    place / f"{k}.{ending}"
+                    position / f"{k}.{ending}"
                 )
     (folder / "train" / CLASSES[0] / "more").mkdir()
     Image.new("RGB", (40, 40)).save(folder / "train" / CLASSES[0] / "more" / "0.PNG")
@@ -135,19 +135,19 @@ def test_processes_see_what_one_sees(root):
     alone, seen = torch.cat([b.x for b in one.train_batches(index, 1)]), torch.zeros(9, 3, 32, 32)
     for rank in (0, 1):
         for batch in one.train_batches(index, 1, rank, 2):
-            seen[batch.place] = batch.x
+            seen[batch.position] = batch.x
     assert torch.equal(seen, alone)
 
 
 def test_training_cuts_at_random_and_evaluation_does_not(root):
     data, plain = make(root), make(root, min_area=1, flip=False)
     index = torch.arange(21)
-    cut, moved = (torch.cat([b.x for b in d.train_batches(index, 0)]) for d in (plain, data))
-    assert (cut != moved).flatten(1).any(1).sum() >= 20
+    crop, moved = (torch.cat([b.x for b in d.train_batches(index, 0)]) for d in (plain, data))
+    assert (crop != moved).flatten(1).any(1).sum() >= 20
     assert not torch.equal(moved, torch.cat([b.x for b in data.train_batches(index, 1)]))
     files = data.images("train").files
     slow = transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32), transforms.ToTensor()])
-    assert torch.equal(cut, torch.stack([slow(files.open(row)) for row in range(21)]))
+    assert torch.equal(crop, torch.stack([slow(files.open(row)) for row in range(21)]))
 
 
 def test_a_fit_with_workers_resumes_where_it_stopped(root, tmp_path):
@@ -221,7 +221,7 @@ def test_folders_that_are_no_imagenet(tmp_path, content, fault, remedy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preprocessing": None}, r"doesn't say how it wants them cut: set data\.preprocessing=Res256Crop224"),
+        ({"preprocessing": None}, r"doesn't say how it wants them cropped: set data\.preprocessing=Res256Crop224"),
         ({"preprocessing": "Big"}, r"data\.preprocessing=Big is unknown"),
         ({"crop": 4}, r"data\.crop=4 is for images of one size: set data\.min_area"),
         ({"min_area": 0}, r"data\.min_area=0: set data\.min_area to a share above 0"),
@@ -235,7 +235,7 @@ def test_settings_that_do_not_fit(root, settings, message):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xd8\xff\xe0 cut short"])
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff\xd8\xff\xe0 crop short"])
 def test_a_damaged_image_is_named(tmp_path, workers, content):
     data = make(folders(tmp_path, val="abcd"), workers=workers)
     (tmp_path / "val" / "c" / "0.png").write_bytes(content)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.sparse import sparse_pool
 from wdat.data import ImageDataModule, SyntheticPool, TrainPlan
-from wdat.data.sampling import synthetic_places
+from wdat.data.sampling import synthetic_positions
 from wdat.errors import RunError, SettingError
 from wdat.seeding import generator
 
@@ -172,22 +172,22 @@ def test_a_sample_as_large_as_the_pool_is_the_pool(path):
         assert opened(path).stratified(size, generator(0, "strata", 0)).tolist() == list(range(300))
 
 
-@given(size=st.integers(2, 400), fraction=st.floats(0.01, 0.99), world=st.integers(1, 8))
+@given(size=st.integers(2, 400), fraction=st.floats(0.01, 0.99), world_size=st.integers(1, 8))
 @settings(max_examples=60, deadline=None)
-def test_synthetic_places_are_spread_evenly(size, fraction, world):
+def test_synthetic_positions_are_spread_evenly(size, fraction, world_size):
     count = size - round((1 - fraction) * size)
     if count in (0, size):
         with pytest.raises(SettingError, match=r"data\.synthetic\.fraction=.*data\.batch_size"):
-            synthetic_places(size, fraction)
+            synthetic_positions(size, fraction)
         return
-    places = synthetic_places(size, fraction)
+    places = synthetic_positions(size, fraction)
     assert int(places.sum()) == count
-    for part in places.tensor_split(world):
+    for part in places.tensor_split(world_size):
         assert abs(int(part.sum()) - len(part) * count / size) < 1
 
 
-def plan(rank: int = 0, world: int = 1, epoch: int = 0, seed: int = 0) -> TrainPlan:
-    made = TrainPlan(40, 8, seed, rank, world, pool=1000, fraction=0.7)
+def plan(rank: int = 0, world_size: int = 1, epoch: int = 0, seed: int = 0) -> TrainPlan:
+    made = TrainPlan(40, 8, seed, rank, world_size, pool=1000, fraction=0.7)
     made.set_epoch(epoch)
     return made
 
@@ -217,9 +217,9 @@ def test_rows_of_the_pool_are_a_function_of_seed_and_step():
     assert not torch.equal(batches[0].index[batches[0].index >= 40], batches[1].index[batches[1].index >= 40])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_originals_and_pool(world):
-    for whole, *parts in zip(plan(epoch=2), *(plan(rank, world, 2) for rank in range(world)), strict=True):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_originals_and_pool(world_size):
+    for whole, *parts in zip(plan(epoch=2), *(plan(rank, world_size, 2) for rank in range(world_size)), strict=True):
         assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
         counts = [int((part.index >= 40).sum()) for part in parts]
         assert max(counts) - min(counts) <= 1

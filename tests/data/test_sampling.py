@@ -37,7 +37,7 @@ def test_last_incomplete_batch_is_dropped_and_steps_go_on():
     first = list(plan)
     plan.set_epoch(1)
     assert [batch.step for batch in [*first, *plan]] == [0, 1, 2, 3]
-    assert all(batch.size == 4 and batch.place.tolist() == [0, 1, 2, 3] for batch in first)
+    assert all(batch.size == 4 and batch.position.tolist() == [0, 1, 2, 3] for batch in first)
     assert len(set(torch.cat([batch.index for batch in first]).tolist())) == 8
 
 
@@ -49,18 +49,18 @@ def test_a_small_set_is_one_batch():
     assert sorted(batch.index.tolist()) == list(range(5))
 
 
-@given(n=st.integers(1, 60), per_process=st.integers(1, 9), world=st.integers(1, 4), epoch=st.integers(0, 3))
+@given(n=st.integers(1, 60), per_process=st.integers(1, 9), world_size=st.integers(1, 4), epoch=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_processes_share_each_global_batch(n, per_process, world, epoch):
-    if n < world:
+def test_processes_share_each_global_batch(n, per_process, world_size, epoch):
+    if n < world_size:
         return
-    whole = TrainPlan(n, per_process * world, seed=3)
-    parts = [TrainPlan(n, per_process * world, 3, rank, world) for rank in range(world)]
+    whole = TrainPlan(n, per_process * world_size, seed=3)
+    parts = [TrainPlan(n, per_process * world_size, 3, rank, world_size) for rank in range(world_size)]
     for plan in (whole, *parts):
         plan.set_epoch(epoch)
     for batch, *shares in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([share.index for share in shares]), batch.index)
-        assert torch.equal(torch.cat([share.place for share in shares]), batch.place)
+        assert torch.equal(torch.cat([share.position for share in shares]), batch.position)
         assert {(share.size, share.step, share.epoch) for share in shares} == {(batch.size, batch.step, epoch)}
         assert all(len(share.index) for share in shares)
 
@@ -105,20 +105,20 @@ def test_a_restored_position_belongs_to_its_epoch():
     assert [batch.step for batch in plan] == [15, 16, 17, 18, 19]
 
 
-@given(n=st.integers(0, 50), batch_size=st.integers(1, 8), world=st.integers(1, 60))
+@given(n=st.integers(0, 50), batch_size=st.integers(1, 8), world_size=st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
-def test_shards_hold_every_image_once_in_equally_many_batches(n, batch_size, world):
-    rows, places, lengths = [], [], set()
-    for rank in range(world):
-        plan = ShardPlan(n, batch_size, rank, world)
+def test_shards_hold_every_image_once_in_equally_many_batches(n, batch_size, world_size):
+    rows, positions, lengths = [], [], set()
+    for rank in range(world_size):
+        plan = ShardPlan(n, batch_size, rank, world_size)
         batches = list(plan)
         lengths |= {len(batches), len(plan)}
         assert all(len(batch.index) <= batch_size and batch.step == 0 for batch in batches)
-        assert all(0 <= place < batch.size for batch in batches for place in batch.place.tolist())
+        assert all(0 <= position < batch.size for batch in batches for position in batch.position.tolist())
         rows += [row for batch in batches for row in batch.index.tolist()]
-        places += [(k, place) for k, batch in enumerate(batches) for place in batch.place.tolist()]
+        positions += [(k, position) for k, batch in enumerate(batches) for position in batch.position.tolist()]
     assert sorted(rows) == list(range(n))
-    assert len(set(places)) == n
+    assert len(set(positions)) == n
     assert len(lengths) == 1
     assert lengths == {0} or n > 0
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from wdat.attacks import Context, build
 from wdat.attacks.base import Attack, Moved
+from wdat.distributed import current, distributed_errors, together
 from wdat.errors import ConstraintError
 from wdat.evaluation import ImageTensors, evaluate
-from wdat.processes import current, others_reached, together
 from wdat.threat import ThreatModel
 
 THREAT = ThreatModel(2, "linf", 0.1)
@@ -66,7 +66,7 @@ def _raise(error: Exception) -> None:
 def summed_by_torch(network: nn.Module, x: Tensor) -> None:
     """Training whose gradients PyTorch sums over the processes, not we."""
     divided = nn.parallel.DistributedDataParallel(network)
-    with others_reached(lambda: "go on with resume=RUN"):
+    with distributed_errors(lambda: "go on with resume=RUN"):
         for _ in range(5):
             divided(x).sum().backward()
 

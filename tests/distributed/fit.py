@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from wdat import models
 from wdat.attacks import build
-from wdat.callbacks import RobustEvaluation
 from wdat.data import ImageDataModule
-from wdat.module import WDATModule
-from wdat.schedules import Constant
+from wdat.training.callbacks import RobustEvaluation
+from wdat.training.module import WDATModule
+from wdat.training.schedulers import Constant
 
 CONF = Path(__file__).absolute().parents[2] / "conf"
 

@@ -17,9 +17,9 @@ from small_problems import small_network
 
 from wdat import ThreatModel, models
 from wdat.data import ImageDataModule
+from wdat.distributed import current
 from wdat.evaluation import ImageTensors
-from wdat.evaluation.run import Evaluator, plan
-from wdat.processes import current
+from wdat.evaluation.evaluator import Evaluator, plan
 
 
 def records(work: dict[str, Any], n: int, precision: str) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def records(work: dict[str, Any], n: int, precision: str) -> list[dict[str, Any]
         "npz", 10, path=work["images"], val_size=50, limit_test=n, eval_batch_size=work["batch_size"]
     )
     data.setup()
-    data.share(processes.rank, processes.world)
+    data.share(processes.rank, processes.world_size)
     images = ImageTensors.collect(data.test_dataloader(), torch.device("cpu"))
     images = ImageTensors(images.x.to(dtype), images.y, images.index)
     evaluator = Evaluator(network, images, work["batch_size"], processes=processes, pictures=True)

@@ -26,7 +26,7 @@ QUICK = [
     "attack_options.knapsack.starts=2", "attack_options.knapsack.targets=1", "batch_size=16", "process_timeout=50",
 ]  # fmt: skip
 WHOLE = [*QUICK, "save_distances=true", "deltas=[0.01,0.02]", "certified=radii.npy"]
-FILES = {"records.json", "report.html", "curve.png", "flips_linf.pt", "distances_linf.npz", "evaluate.log"}
+FILES = {"records.json", "report.html", "curve.png", "nearest_linf.pt", "distances_linf.npz", "evaluate.log"}
 
 alone = partial(run_script, SCRIPT)
 
@@ -65,7 +65,7 @@ def same_folder(one, two):
     with np.load(one / "distances_linf.npz") as a, np.load(two / "distances_linf.npz") as b:
         np.testing.assert_array_equal(a["labels"], b["labels"])
         np.testing.assert_allclose(a["distances"], b["distances"], rtol=1e-5)
-    a, b = (torch.load(folder / "flips_linf.pt", weights_only=True) for folder in (one, two))
+    a, b = (torch.load(folder / "nearest_linf.pt", weights_only=True) for folder in (one, two))
     assert a["about"] == b["about"]
     torch.testing.assert_close(a["x_adv"], b["x_adv"])
     assert [passes for passes, _ in a["effort"]] == [passes for passes, _ in b["effort"]]
@@ -95,7 +95,8 @@ def test_one_process_may_go_on_from_two_and_two_from_one(single, tmp_path, monke
     kept = {}
     for name in ("by_two", "by_one"):
         folder = tmp_path / name
-        kept[name] = (json.loads((folder / "records.json").read_text()), (folder / "flips_linf.pt").stat().st_mtime_ns)
+        records = json.loads((folder / "records.json").read_text())
+        kept[name] = (records, (folder / "nearest_linf.pt").stat().st_mtime_ns)
     assert len(kept["by_one"][0]) == len(kept["by_two"][0]) == 2
 
     assert alone("resume=by_two", *rest).status == 0
@@ -104,7 +105,7 @@ def test_one_process_may_go_on_from_two_and_two_from_one(single, tmp_path, monke
     for name, (records, written) in kept.items():
         folder = tmp_path / name
         assert json.loads((folder / "records.json").read_text())[:2] == records
-        assert (folder / "flips_linf.pt").stat().st_mtime_ns == written
+        assert (folder / "nearest_linf.pt").stat().st_mtime_ns == written
         alike(sorted(map(json.dumps, plain(folder))), sorted(map(json.dumps, plain(folder))), rel=0)
         assert {str(about(r)) for r in read(folder / "records.json")} == {
             str(about(r)) for r in read(single / "records.json")

@@ -14,11 +14,11 @@ from torch import nn
 
 from wdat.attacks import build
 from wdat.attacks.knapsack import Knapsack
-from wdat.batch import Batch
+from wdat.data.batch import Batch
+from wdat.distributed import ALONE
 from wdat.errors import RunError, SettingError
-from wdat.evaluation.run import Evaluator, ImageTensors, evaluate, places
+from wdat.evaluation.evaluator import Evaluator, ImageTensors, evaluate, positions
 from wdat.evaluation.session import Session
-from wdat.processes import ALONE
 from wdat.records import Facts, RecordBook, read
 from wdat.threat import ThreatModel
 
@@ -54,7 +54,7 @@ def test_places_are_those_of_the_rows_in_the_split(together):
     """Whatever rows of a split make up the set, and however they are divided."""
     index = [torch.tensor([40, 7, 12]), torch.tensor([], dtype=torch.int64), torch.tensor([3, 41])]
     images = [ImageTensors(torch.zeros(len(i), 1, 2, 2), torch.zeros(len(i), dtype=torch.int64), i) for i in index]
-    found = together(3, lambda p: places(images[p.rank], p))
+    found = together(3, lambda p: positions(images[p.rank], p))
     assert [rows.tolist() for rows, _ in found] == [[3, 1, 2], [], [0, 4]]
     assert {size for _, size in found} == {5}
 
@@ -62,7 +62,7 @@ def test_places_are_those_of_the_rows_in_the_split(together):
 def test_without_rows_the_first_process_comes_first(together):
     counts = [2, 0, 3]
     images = [ImageTensors(torch.zeros(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64)) for n in counts]
-    found = together(3, lambda p: places(images[p.rank], p))
+    found = together(3, lambda p: positions(images[p.rank], p))
     assert [rows.tolist() for rows, _ in found] == [[0, 1], [], [2, 3, 4]]
 
 
@@ -73,7 +73,7 @@ def test_repeated_images_are_refused_on_all_processes(together):
 
     def one(processes):
         with pytest.raises(SettingError, match=r"come twice.*use_distributed_sampler=false"):
-            places(images[processes.rank], processes)
+            positions(images[processes.rank], processes)
         return True
 
     assert together(2, one) == [True, True]
@@ -101,7 +101,7 @@ def test_records_with_pictures_are_those_of_one_process(together, problem, world
     attacks += [build("knapsack", **SEARCH, batch_size=3)]
 
     def one(processes):
-        images = share(problem, processes.rank, processes.world)
+        images = share(problem, processes.rank, processes.world_size)
         evaluator = Evaluator(copy.deepcopy(problem.network), images, 4, processes=processes, pictures=True)
         records = [evaluator.clean(THREAT, loss) for loss in ("ce", "redlr")]
         return plain(records + [evaluator.attacked(attack, THREAT) for attack in attacks])
@@ -176,7 +176,7 @@ def measure(problem, together):
         folder.mkdir(exist_ok=True)
 
         def one(processes):
-            mine = images(problem, processes.rank, processes.world)
+            mine = images(problem, processes.rank, processes.world_size)
             evaluator = Evaluator(
                 copy.deepcopy(problem.network), mine, facts=Facts("net"), processes=processes, pictures=True
             )
@@ -211,7 +211,7 @@ def test_one_folder_serves_any_number_of_processes(measure, searches, tmp_path):
         with np.load(tmp_path / "one" / "distances_linf.npz") as a, np.load(folder / "distances_linf.npz") as b:
             np.testing.assert_allclose(a["distances"], b["distances"], rtol=1e-9)
             np.testing.assert_array_equal(a["labels"], b["labels"])
-        assert {f.name for f in folder.iterdir()} == {"records.json", "flips_linf.pt", "distances_linf.npz"}
+        assert {f.name for f in folder.iterdir()} == {"records.json", "nearest_linf.pt", "distances_linf.npz"}
 
 
 def test_flips_of_other_images_or_labels_are_not_reused(measure, searches, problem, tmp_path):
@@ -234,14 +234,14 @@ def test_flips_of_other_images_or_labels_are_not_reused(measure, searches, probl
 
 @pytest.mark.parametrize("content", [b"nothing", b"", b"PK\x03\x04"])
 def test_a_damaged_file_is_named_on_all_processes(together, problem, tmp_path, content):
-    (tmp_path / "flips_linf.pt").write_bytes(content)
+    (tmp_path / "nearest_linf.pt").write_bytes(content)
 
     def one(processes):
         evaluator = Evaluator(copy.deepcopy(problem.network), share(problem, processes.rank, 2), processes=processes)
         session = Session(evaluator, RecordBook(None), tmp_path)
-        with pytest.raises(SettingError, match=r"flips_linf\.pt can't be read.*delete it"):
+        with pytest.raises(SettingError, match=r"nearest_linf\.pt can't be read.*delete it"):
             session.attacked(build("knapsack", **SEARCH), THREAT)
         return True
 
     assert together(2, one) == [True, True]
-    assert (tmp_path / "flips_linf.pt").read_bytes() == content
+    assert (tmp_path / "nearest_linf.pt").read_bytes() == content

@@ -14,7 +14,7 @@ from torch import nn
 from wdat.attacks import build
 from wdat.attacks.knapsack import Knapsack
 from wdat.errors import SettingError
-from wdat.evaluation.run import Evaluator, ImageTensors
+from wdat.evaluation.evaluator import Evaluator, ImageTensors
 from wdat.evaluation.session import Session
 from wdat.records import Facts, RecordBook, read
 from wdat.threat import ThreatModel
@@ -189,7 +189,7 @@ def test_clean_records_do_not_depend_on_the_budget(session, worked):
     assert worked == [("clean", "ce")]
 
 
-# --- nearest flips --------------------------------------------------------------------------------------------------
+# --- nearest adversarial points ---
 
 
 def searches(worked):
@@ -243,7 +243,7 @@ def test_flips_of_another_network_or_set_are_not_reused(session, worked, problem
 
 
 def test_each_norm_has_its_own_flips(session, worked, tmp_path):
-    """Also where one attack object serves both: flips of one norm say nothing of the other."""
+    """Also where one attack object serves both: nearest of one norm say nothing of the other."""
     one, attack = session(), build("knapsack", **SEARCH)
     one.attacked(attack, ThreatModel(2, "l2", 0.05))
     one.attacked(attack, THREAT)
@@ -263,8 +263,8 @@ def test_saved_distances(session, worked, problem, tmp_path):
     with np.load(tmp_path / "distances_linf.npz") as saved:
         assert set(saved) == {"distances", "labels"}
         assert saved["labels"].tolist() == problem[1].y.tolist()
-        flips = build("knapsack", **SEARCH).find(problem[0], problem[1].x, problem[1].y, "linf")
-        np.testing.assert_allclose(saved["distances"], flips.distances, rtol=1e-6)
+        nearest = build("knapsack", **SEARCH).find(problem[0], problem[1].x, problem[1].y, "linf")
+        np.testing.assert_allclose(saved["distances"], nearest.distances, rtol=1e-6)
         assert saved["distances"][0] == 0
 
 

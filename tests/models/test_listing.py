@@ -131,7 +131,7 @@ def test_a_reader_that_has_had_enough() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "wdat.models", "Ding2020"],
+        [sys.executable, "-W", "ignore", "-m", "wdat.cli.models", "Ding2020"],
         stdout=writing,
         stderr=subprocess.PIPE,
         text=True,

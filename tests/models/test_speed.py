@@ -16,10 +16,10 @@ from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.evaluation import evaluate
 from wdat.models.local import LOCAL
-from wdat.module import WDATModule, is_compiled
 from wdat.objectives import Objective
-from wdat.schedules import Constant
 from wdat.sensitivity import Table
+from wdat.training.module import WDATModule, is_compiled
+from wdat.training.schedulers import Constant
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
 SEED = 3

@@ -10,8 +10,8 @@ import pytest
 from hostile import CLEAN, EXAMPLE, PNG, WPGD, page_of
 
 from wdat import records
+from wdat.cli.collect import table
 from wdat.errors import SettingError
-from wdat.evaluation.collect import table
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 

@@ -9,8 +9,8 @@ import pytest
 from hostile import ROOT
 from omegaconf import OmegaConf
 
+from wdat.cli.resume import resumed_arguments
 from wdat.errors import SettingError
-from wdat.resume import resumed_arguments
 
 FOREIGN = [
     "model._target_=torch.load", "+callbacks.x={_target_:os.system,command:ls}", "--config-dir=/tmp", "-m",
@@ -20,7 +20,7 @@ FOREIGN = [
 
 
 def test_every_group_of_configurations_is_known_to_resume():
-    assert set(importlib.import_module("wdat.resume").GROUPS) == {
+    assert set(importlib.import_module("wdat.cli.resume").GROUPS) == {
         p.name for p in (ROOT / "conf").iterdir() if p.is_dir()
     }
 

@@ -11,10 +11,11 @@ import torch
 from hostile import CLEAN, PROGRAMS, ROOT, WPGD, page_of
 from rich.console import Console
 
-from wdat.console import PlainConsole, before_after, evaluation_table, readable_errors
+from wdat.cli.console import before_after, evaluation_table, readable_errors
 from wdat.errors import SettingError
-from wdat.evaluation import figures, plots
 from wdat.models import load_network
+from wdat.reporting import figures, plots
+from wdat.terminal import PlainConsole
 
 STEERING = "\x1b[2J\x1b]8;;http://x\x07\x9b31m"
 ODD = ["[red]x[/red]", "[/]", "[link=http://x]y[/link]", ":bomb:", "\\[x]", f"a{STEERING}b", "a\udcffb", "a\x00b"]

@@ -15,12 +15,12 @@ from hostile import EVALUATE, EVALUATED, PROGRAMS, ROOT, TRAIN, TRAINED
 from omegaconf import OmegaConf
 from script_runner import run_script
 
-from wdat.checkpoints import damage
 from wdat.data import cifar
 from wdat.data.npz import npz
 from wdat.errors import SettingError
 from wdat.evaluation.session import read_radii
 from wdat.models import load_network
+from wdat.training.checkpointing import damage
 
 
 class Payload:
@@ -84,11 +84,11 @@ def test_what_is_resumed_runs_no_code(trap, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flips_that_were_kept_run_no_code(trap, tmp_path, kind):
-    file = trap(kind, tmp_path / "run" / "flips_linf.pt")
+    file = trap(kind, tmp_path / "run" / "nearest_linf.pt")
     result = run_script(EVALUATE, *EVALUATED, "data=digits", "data.limit_test=8", f"hydra.run.dir={file.parent}")
     assert not trap.sprung()
     assert result.status == 2, result.err
-    assert "flips_linf.pt" in result.err
+    assert "nearest_linf.pt" in result.err
     assert "Traceback" not in result.err
 
 

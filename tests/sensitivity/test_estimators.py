@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from wdat.distributed import ALONE
 from wdat.errors import SettingError
-from wdat.processes import ALONE
 from wdat.sensitivity import Batch, Ema, Estimator, Exact, Sensitivity, Subsample, Table
 from wdat.threat import power_mean
 

@@ -9,7 +9,7 @@ import torch
 
 from wdat.attacks.allocation import capped_radii
 from wdat.attacks.knapsack_allocation import critical_distance
-from wdat.processes import ALONE
+from wdat.distributed import ALONE
 from wdat.sensitivity import Batch, Ema, Estimator, Exact, Mixture, Sample, Subsample, Table, with_pool
 from wdat.threat import ThreatModel
 
@@ -213,7 +213,7 @@ def test_processes_agree(together):
         made = mixture(Table(), size=50)
         made.begin(N, 2.0, 0, processes)
         measured(made)
-        part = parts[processes.rank] if processes.world > 1 else index
+        part = parts[processes.rank] if processes.world_size > 1 else index
         made.observe(part, 2 * norms_of(part))
         return made.upsilon(), made.sample().values.tolist()
 

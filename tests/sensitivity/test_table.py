@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from wdat.attacks import capped_radii
 from wdat.attacks.knapsack_allocation import critical_distance, solve
-from wdat.processes import ALONE
+from wdat.distributed import ALONE
 from wdat.sensitivity import Sample, Table
 from wdat.sensitivity.histogram import BINS
 from wdat.threat import ThreatModel, power_mean
@@ -327,7 +327,7 @@ def test_a_batchs_order_and_its_division_over_processes_do_not_matter(together):
             if shuffle:
                 rows = rows[torch.randperm(BATCH, generator=_generator(step))]
             first, second, _ = cuts[step % 4]
-            own = rows.tensor_split((first, second))[processes.rank] if processes.world > 1 else rows
+            own = rows.tensor_split((first, second))[processes.rank] if processes.world_size > 1 else rows
             table.observe(own, NORMS[own] * math.exp(-0.02 * step))
             found.append([table.upsilon(), _log_gain(table)])
         return torch.tensor(found, dtype=torch.float64), table.state_dict()["stored"]

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from wdat.distributed import ALONE, Processes, together
 from wdat.errors import ConstraintError, SettingError
-from wdat.gradients import forward
-from wdat.guard import ordinary, undisturbed
-from wdat.processes import ALONE, Processes, together
+from wdat.gradients import forward, ordinary, undisturbed
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel
 

@@ -57,7 +57,7 @@ def as_found(device: torch.device) -> Iterator[None]:
             sys.settrace(trace)
 
 
-def fab_flips(
+def fab_points(
     network: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -68,7 +68,7 @@ def fab_flips(
     seed: int = 0,
     reach: float = 0.03,
 ) -> Tensor:
-    """Candidates for the nearest misclassified point of each image; call it inside `wdat.guard.undisturbed`.
+    """Candidates for the nearest misclassified point of each image; call it inside `wdat.gradients.undisturbed`.
 
     Args:
         network: Takes images in [0, 1], gives logits (N, K).

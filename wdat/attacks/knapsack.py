@@ -1,4 +1,4 @@
-"""The strongest distributional attack on accuracy: nearest flips, then the knapsack. [K]"""
+"""The strongest distributional attack on accuracy: nearest adversarial points, then the knapsack. [K]"""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from wdat.attacks.base import Attack, Context, Moved
 from wdat.attacks.knapsack_allocation import Allocation, bootstrap, curve, solve
-from wdat.attacks.minimum_norm import Flips, Search, nearest_flips
-from wdat.guard import ordinary, undisturbed
-from wdat.processes import together
+from wdat.attacks.minimum_norm import NearestAdversarial, Search, nearest_adversarial
+from wdat.distributed import together
+from wdat.gradients import ordinary, undisturbed
 from wdat.threat import ThreatModel
 
 CURVE_POINTS = 64
@@ -27,7 +27,7 @@ class Knapsack(Attack):
 
     Attributes:
         starts, targets, steps, bisections, fab, fab_targets, seed: How hard to look, as `Search` has it.
-        flips: Distances computed before, on the same images, with the same network and norm; None computes them.
+        nearest: Distances computed before, on the same images, with the same network and norm; None computes them.
     """
 
     name: ClassVar[str] = "knapsack"
@@ -38,7 +38,7 @@ class Knapsack(Attack):
     fab: int = field(default=Search.fab, kw_only=True)
     fab_targets: int = field(default=Search.fab_targets, kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    flips: Flips | None = field(default=None, kw_only=True, repr=False, compare=False)
+    nearest: NearestAdversarial | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,47 +53,51 @@ class Knapsack(Attack):
         """How hard to look."""
         return Search(**{f.name: getattr(self, f.name) for f in fields(Search)})
 
-    def find(self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context | None = None) -> Flips:
-        """Search the nearest flips of this process's images (N, C, H, W), labels (N,); the network is left as found."""
+    def find(
+        self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context | None = None
+    ) -> NearestAdversarial:
+        """Search the nearest adversarial points of this process's images (N, C, H, W) with labels (N,)."""
         x, y = ordinary(x, y)
         with undisturbed(network), torch.autocast(x.device.type, enabled=False):
             return self._search(network, x, y, norm, context or Context())
 
-    def _search(self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context) -> Flips:
-        return nearest_flips(network, x, y, norm, self.search, context.progress, context.index)
+    def _search(self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context) -> NearestAdversarial:
+        return nearest_adversarial(network, x, y, norm, self.search, context.progress, context.index)
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
-        if self.flips is None:
+        if self.nearest is None:
             with together(context.processes):
-                flips = self._search(network, x, y, threat.norm, context)
+                nearest = self._search(network, x, y, threat.norm, context)
         else:
-            flips = self.flips
-        whole, optimum = divide(flips, threat, context)
-        x_adv = torch.where(whole.view(-1, *[1] * (x.dim() - 1)), flips.x_adv, x)
-        radii = torch.where(whole, flips.distances, 0.0)
-        return Moved(x_adv, radii, threat.delta, None, details=figures(flips, optimum, threat, context))
+            nearest = self.nearest
+        whole, optimum = divide(nearest, threat, context)
+        x_adv = torch.where(whole.view(-1, *[1] * (x.dim() - 1)), nearest.x_adv, x)
+        radii = torch.where(whole, nearest.distances, 0.0)
+        return Moved(x_adv, radii, threat.delta, None, details=figures(nearest, optimum, threat, context))
 
 
-def divide(flips: Flips, threat: ThreatModel, context: Context) -> tuple[Tensor, Allocation]:
+def divide(nearest: NearestAdversarial, threat: ThreatModel, context: Context) -> tuple[Tensor, Allocation]:
     """Solve the knapsack over all processes' images.
 
     Returns:
         Which of this process's images move whole, (N,) bool, and the optimum over all.
     """
     processes = context.processes
-    optimum = solve(processes.gather(flips.distances), threat)
+    optimum = solve(processes.gather(nearest.distances), threat)
     before = int(
-        processes.gather(torch.tensor([len(flips.distances)], device=flips.distances.device))[: processes.rank].sum()
+        processes.gather(torch.tensor([len(nearest.distances)], device=nearest.distances.device))[
+            : processes.rank
+        ].sum()
     )
-    mine = optimum.mass[before : before + len(flips.distances)]
-    return (mine >= 1) & (flips.distances > 0), optimum
+    mine = optimum.mass[before : before + len(nearest.distances)]
+    return (mine >= 1) & (nearest.distances > 0), optimum
 
 
-def figures(flips: Flips, optimum: Allocation, threat: ThreatModel, context: Context) -> dict[str, Any]:
+def figures(nearest: NearestAdversarial, optimum: Allocation, threat: ThreatModel, context: Context) -> dict[str, Any]:
     """What records and pictures say of the knapsack; keys as in `wdat.evaluation.details`."""
     gather = context.processes.gather
-    effort = [[passes, solve(gather(then), threat).accuracy] for passes, then in flips.effort]
-    return {"bound": "upper", "effort": effort, **_optimum(gather(flips.distances), optimum, threat)}
+    effort = [[passes, solve(gather(then), threat).accuracy] for passes, then in nearest.effort]
+    return {"bound": "upper", "effort": effort, **_optimum(gather(nearest.distances), optimum, threat)}
 
 
 def certified_figures(radii: Tensor, threat: ThreatModel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from wdat.attacks.fab import fab_flips
+from wdat.attacks.fab import fab_points
 from wdat.errors import SettingError
 from wdat.gradients import forward, input_gradients
 from wdat.losses import margin
@@ -28,7 +28,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Flips:
+class NearestAdversarial:
     """The nearest misclassified points that were found.
 
     Attributes:
@@ -83,7 +83,7 @@ def _flipped(logits: Tensor, y: Tensor) -> Tensor:
 
 
 class _Best:
-    """The nearest verified flips so far of one chunk of images."""
+    """The nearest verified nearest so far of one chunk of images."""
 
     def __init__(self, network: nn.Module, x: Tensor, y: Tensor, norm: str) -> None:
         self.network, self.x, self.y, self.norm = network, x, y, norm
@@ -198,7 +198,7 @@ def _stages(best: _Best, search: Search, rows: Tensor) -> Iterator[None]:
         best.bisect(search.bisections)
         yield
     if search.fab:
-        points = fab_flips(best.network, x, y, best.norm, search.fab, targets=search.fab_targets, seed=search.seed)
+        points = fab_points(best.network, x, y, best.norm, search.fab, targets=search.fab_targets, seed=search.seed)
         best.offer(points, forward(best.network, points, len(points)))
         best.bisect(search.bisections)
         yield
@@ -222,7 +222,7 @@ def _settle(network: nn.Module, x: Tensor, y: Tensor, points: Tensor, batch_size
     return settled, done
 
 
-def nearest_flips(
+def nearest_adversarial(
     network: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -230,8 +230,8 @@ def nearest_flips(
     search: Search,
     report: Report | None = None,
     rows: Tensor | None = None,
-) -> Flips:
-    """Search the nearest misclassified point of each image; call it inside `wdat.guard.undisturbed`.
+) -> NearestAdversarial:
+    """Search the nearest misclassified point of each image; call it inside `wdat.gradients.undisturbed`.
 
     Args:
         network: Takes images in [0, 1], gives logits (N, K).
@@ -270,4 +270,4 @@ def nearest_flips(
         points = points.index_copy(0, reached, torch.where(per_image(wrong, x).bool(), settled, x[reached]))
         now = image_norm(points[reached] - x[reached], norm)
         distances = distances.index_copy(0, reached, torch.where(wrong, now, torch.inf))
-    return Flips(points, distances, list(zip(passes, then, strict=True)))
+    return NearestAdversarial(points, distances, list(zip(passes, then, strict=True)))

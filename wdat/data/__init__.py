@@ -1,7 +1,7 @@
 """Data: where images come from, how they are split, and which make up which batch."""
 
 from wdat.data.augment import Augment, Draws, crop_and_flip
-from wdat.data.cuts import Cut, RandomCut
+from wdat.data.crops import CenterCrop, RandomCrop
 from wdat.data.files import Files, FileSet
 from wdat.data.images import ImageSet, LabelledImages
 from wdat.data.loading import PlannedLoader, ResumableLoader
@@ -15,7 +15,7 @@ __all__ = [
     "SOURCES",
     "Augment",
     "BatchPlan",
-    "Cut",
+    "CenterCrop",
     "Draws",
     "FileSet",
     "Files",
@@ -23,7 +23,7 @@ __all__ = [
     "ImageSet",
     "LabelledImages",
     "PlannedLoader",
-    "RandomCut",
+    "RandomCrop",
     "ResumableLoader",
     "ShardPlan",
     "Splits",

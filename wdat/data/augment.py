@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches, drawn for the global batch and taken by place."""
+"""Random crops and flips of whole batches, drawn for the global batch and taken by position."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Draws(NamedTuple):
     shifts: Tensor
     flips: Tensor
 
-    def at(self, place: Tensor) -> Draws:
-        """The choices for the images at `place` (B,), int64."""
-        return Draws(self.shifts[place], self.flips[place])
+    def at(self, position: Tensor) -> Draws:
+        """The choices for the images at `position` (B,), int64."""
+        return Draws(self.shifts[position], self.flips[position])
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor, padding: int = 4) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from wdat.data.cuts import Cut, CutDraws, RandomCut
+from wdat.data.crops import CenterCrop, CropDraws, RandomCrop
 from wdat.data.images import LabelledImages
 from wdat.errors import SettingError
 
@@ -59,37 +59,39 @@ class Files:
 
 
 class FileSet(LabelledImages):
-    """One split of images in files, cut to one size.
+    """One split of images in files, cropped to one size.
 
     Args:
         files: The images.
         labels: (N,), int64, on the CPU.
-        cut: How an image is cut where nothing is augmented.
-        augment: How it is cut in training, or None.
+        crop: How an image is cropped where nothing is augmented.
+        augment: How it is cropped in training, or None.
         seed: The seed of the run.
     """
 
-    augment: RandomCut | None
+    augment: RandomCrop | None
 
-    def __init__(self, files: Files, labels: Tensor, cut: Cut, augment: RandomCut | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, files: Files, labels: Tensor, crop: CenterCrop, augment: RandomCrop | None = None, seed: int = 0
+    ) -> None:
         super().__init__(labels, augment, seed)
         self.files = files
-        self.cut = cut
+        self.crop = crop
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return 3, self.cut.size, self.cut.size
+        return 3, self.crop.size, self.crop.size
 
     def to(self, device: torch.device) -> FileSet:
         """Itself: nothing is kept in memory."""
         return self
 
-    def pixels(self, index: Tensor, draws: CutDraws | None) -> Tensor:
+    def pixels(self, index: Tensor, draws: CropDraws | None) -> Tensor:
         x = torch.empty(len(index), *self.shape, dtype=torch.uint8)
-        for place, row in enumerate(index.tolist()):
+        for position, row in enumerate(index.tolist()):
             image = self.files.open(row)
             if self.augment is None or draws is None:
-                x[place] = self.cut(image)
+                x[position] = self.crop(image)
             else:
-                x[place] = self.augment(image, draws.at(torch.tensor(place)))
+                x[position] = self.augment(image, draws.at(torch.tensor(position)))
         return x

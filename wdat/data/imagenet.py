@@ -20,8 +20,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 def imagenet(root: str | Path) -> Splits:
     """The files of both folders; nothing is decoded.
 
-    Labels are the places of the class folders in the order of their names, as in torchvision's `ImageFolder`. `val` is
-    the test set. Where it holds the 5,000 images of RobustBench's leaderboard these come first, in its order, so that
+    Labels number the class folders in the order of their names, as in torchvision's `ImageFolder`. `val` is the test
+    set. Where it holds the 5,000 images of RobustBench's leaderboard these come first, in its order, so that
     `data.limit_test=5000` is its set. A root without `train` serves for evaluation: its training set is empty.
 
     Args:
@@ -33,10 +33,10 @@ def imagenet(root: str | Path) -> Splits:
     folder = Path(os.path.expanduser(root))
     classes, test, y_test = _class_folders(folder, "val")
     first = _leaderboard()
-    places = {name: place for place, name in enumerate(test)}
-    if first and all(name in places for name in first):
+    positions = {name: position for position, name in enumerate(test)}
+    if first and all(name in positions for name in first):
         listed = torch.zeros(len(test), dtype=torch.bool)
-        head = torch.tensor([places[name] for name in first])
+        head = torch.tensor([positions[name] for name in first])
         listed[head] = True
         order = torch.cat([head, (~listed).nonzero().flatten()])
         test, y_test = [test[row] for row in order.tolist()], y_test[order]
@@ -68,8 +68,8 @@ def _class_folders(root: Path, split: str) -> tuple[list[str], list[str], Tensor
     names, labels = [], []
     for label, name in enumerate(classes):
         found = [
-            os.path.join(place, file)[len(os.path.join(folder, "")) :]
-            for place, _, files in sorted(os.walk(folder / name, followlinks=True))
+            os.path.join(position, file)[len(os.path.join(folder, "")) :]
+            for position, _, files in sorted(os.walk(folder / name, followlinks=True))
             for file in sorted(files)
             if file.lower().endswith(EXTENSIONS)
         ]
@@ -83,8 +83,8 @@ def _class_folders(root: Path, split: str) -> tuple[list[str], list[str], Tensor
 def _leaderboard() -> list[str]:
     """Paths, below `val`, of the images of RobustBench's leaderboard in its order; none where it lists none."""
     package = importlib.util.find_spec("robustbench")  # not imported: this is a list, and its networks aren't needed
-    places = package.submodule_search_locations if package else None
-    file = Path(next(iter(places or ["."]))) / "helper_files" / "imagenet_test_image_ids.txt"
+    positions = package.submodule_search_locations if package else None
+    file = Path(next(iter(positions or ["."]))) / "helper_files" / "imagenet_test_image_ids.txt"
     return [os.path.normpath(line) for line in file.read_text("utf-8").split()] if os.path.isfile(file) else []
 
 

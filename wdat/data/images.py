@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wdat import seeding
-from wdat.batch import Batch
 from wdat.data.augment import Augment, Draws
+from wdat.data.batch import Batch
 from wdat.data.sampling import BatchPlan
 
 
 class Choices(Protocol):
     """Random choices for the images of a global batch."""
 
-    def at(self, place: Tensor) -> Any:
-        """The choices for the images at `place` (B,), int64."""
+    def at(self, position: Tensor) -> Any:
+        """The choices for the images at `position` (B,), int64."""
         ...
 
 
@@ -71,7 +71,7 @@ class LabelledImages(Dataset[Batch], ABC):
         return len(self.labels)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        """The planned batch, augmented as a function of the seed, the step and the place."""
+        """The planned batch, augmented as a function of the seed, the step and the position."""
         return self.read(plan, self.draw(plan.size, "augment", plan.step))
 
     def draw(self, size: int, purpose: str, step: int) -> Choices | None:
@@ -82,13 +82,13 @@ class LabelledImages(Dataset[Batch], ABC):
         """The planned batch, as float32 in [0, 1].
 
         Args:
-            plan: Rows and places.
-            draws: The choices for the whole global batch, of which those at `plan.place` are used; None for none.
+            plan: Rows and positions.
+            draws: The choices for the whole global batch, of which those at `plan.position` are used; None for none.
         """
         device = self.labels.device
-        index, place = plan.index.to(device), plan.place.to(device)
-        x, y = self.rows_of(index, None if draws is None else draws.at(plan.place))
-        return Batch(x.to(torch.float32) / 255, y, index, place, plan.size, plan.step, self.synthetic(index))
+        index, position = plan.index.to(device), plan.position.to(device)
+        x, y = self.rows_of(index, None if draws is None else draws.at(plan.position))
+        return Batch(x.to(torch.float32) / 255, y, index, position, plan.size, plan.step, self.synthetic(index))
 
     def rows_of(self, index: Tensor, draws: Any) -> tuple[Tensor, Tensor]:
         """Images as `pixels` gives them, and their labels (B,)."""

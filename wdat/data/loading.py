@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from wdat.batch import Batch
+from wdat.data.batch import Batch
 from wdat.data.images import Choices, LabelledImages
 from wdat.data.sampling import BatchPlan, TrainPlan
 from wdat.errors import SettingError
@@ -62,7 +62,7 @@ class Pass(Dataset[Batch]):
 
     Args:
         images: The split.
-        draws: The choices for all images of the pass, by place; None for none.
+        draws: The choices for all images of the pass, by position; None for none.
     """
 
     def __init__(self, images: LabelledImages, draws: Choices | None) -> None:

@@ -10,15 +10,15 @@ from lightning import LightningDataModule
 from torch import Tensor, arange
 
 from wdat import seeding
-from wdat.batch import Batch
 from wdat.data.augment import Augment
-from wdat.data.cuts import Cut, RandomCut
+from wdat.data.batch import Batch
+from wdat.data.crops import CenterCrop, RandomCrop
 from wdat.data.files import Files, FileSet
 from wdat.data.images import ImageSet, LabelledImages
 from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
 from wdat.data.mixed import MixedSet
 from wdat.data.pool import Synthetic, SyntheticPool
-from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_places
+from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positions
 from wdat.data.sources import SOURCES, fetch
 from wdat.data.splits import check_labels, first_of_each, hold_out
 from wdat.errors import SettingError, unknown
@@ -28,7 +28,7 @@ class ImageDataModule(LightningDataModule):
     """Training, validation and test images, in memory or read from files, perhaps with synthetic ones to train on.
 
     Validation images are set aside from the training set, by class; the test set is never touched. Only training
-    images are augmented. What is drawn depends on the seed, the step and the place in the global batch, never on the
+    images are augmented. What is drawn depends on the seed, the step and the position in the global batch, never on the
     number of processes or workers.
 
     Args:
@@ -45,7 +45,7 @@ class ImageDataModule(LightningDataModule):
             disk. Images in files always do.
         crop: Pixels by which training images are moved at random; 0 for none. For images of one size.
         flip: Whether training images are flipped left to right at random.
-        preprocessing: How images in files are cut to one size, such as `Res256Crop224`; None for what `suit` is told.
+        preprocessing: How images in files are cropped to one size, such as `Res256Crop224`; None for `suit`'s.
         min_area: The smallest share of an image in a file that a random training crop covers; 1 for no random crop.
         workers: Processes that read images in files, for each training process; 0 reads in that process.
         limit_train: Keeps the first N training images, after validation images are set aside; None for all.
@@ -117,17 +117,17 @@ class ImageDataModule(LightningDataModule):
         self._split = False
         self._share = (0, 1)
 
-    def share(self, rank: int, world: int) -> None:
+    def share(self, rank: int, world_size: int) -> None:
         """Divide evaluation over processes that no trainer manages.
 
         Args:
             rank: This process's number, from 0.
-            world: Number of processes.
+            world_size: Number of processes.
         """
-        self._share = (rank, world)
+        self._share = (rank, world_size)
 
     def suit(self, preprocessing: str | None) -> None:
-        """Cut images in files as a network wants them, unless `data.preprocessing` says how; before `setup`.
+        """Crop images in files as a network wants them, unless `data.preprocessing` says how; before `setup`.
 
         Args:
             preprocessing: As `wdat.models.preprocessing` gives it; None for a network that wants nothing special.
@@ -165,7 +165,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, augmented batches of `batch_size` over all processes."""
-        images, drawn = self._placed("train"), len(self.pool) if self.pool else 0
+        images, drawn = self._on_device("train"), len(self.pool) if self.pool else 0
         plan = TrainPlan(len(images), self.batch_size, self.seed, *self._process(), drawn, self.synthetic.fraction)
         return ResumableLoader(images, plan, self._workers(images))
 
@@ -177,25 +177,25 @@ class ImageDataModule(LightningDataModule):
         """Every test image once, as it is."""
         return self._evaluation("test")
 
-    def train_batches(self, index: Tensor, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def train_batches(self, index: Tensor, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Training images outside the course of training, augmented as in training.
 
         The augmentation is a function of the seed, `step` and the position in `index`, so that processes which share
-        a pass see together what one process would. In a batch, `place` is that position and `size` the length of
+        a pass see together what one process would. In a batch, `position` is that position and `size` the length of
         `index`.
 
         Args:
             index: (M,), int64: rows of the training split; row r of the pool is `n_train` + r.
             step: The number that fixes the draws.
-            rank: This process's number; it takes positions rank, rank + world, ….
-            world: Number of processes that share the pass.
+            rank: This process's number; it takes positions rank, rank + world_size, ….
+            world_size: Number of processes that share the pass.
 
         Yields:
             Batches of at most `eval_batch_size` images.
         """
-        images, index = self._placed("train"), index.cpu()
-        shards = [shard.index for shard in ShardPlan(len(index), self.eval_batch_size, rank, world)]
-        plans = [BatchPlan(index[place], place, len(index), step, 0) for place in shards]
+        images, index = self._on_device("train"), index.cpu()
+        shards = [shard.index for shard in ShardPlan(len(index), self.eval_batch_size, rank, world_size)]
+        plans = [BatchPlan(index[position], position, len(index), step, 0) for position in shards]
         workers = min(self._workers(images), len(plans))
         yield from PlannedLoader(Pass(images, images.draw(len(index), "pass", step)), plans, workers)
 
@@ -220,7 +220,7 @@ class ImageDataModule(LightningDataModule):
         """The pool's share of a batch, f but for rounding; 0 without one."""
         if self.pool is None:
             return 0.0
-        return float(synthetic_places(min(self.batch_size, self.n_train), self.synthetic.fraction).float().mean())
+        return float(synthetic_positions(min(self.batch_size, self.n_train), self.synthetic.fraction).float().mean())
 
     @property
     def n_train(self) -> int:
@@ -239,7 +239,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the data in records: the source, with the file of `npz` or the cut of `imagenet`.
+        """The name of the data in records: the source, with the file of `npz` or the crop of `imagenet`.
 
         A pool isn't measured on and has no part in it.
         """
@@ -253,7 +253,7 @@ class ImageDataModule(LightningDataModule):
                 f"data.synthetic.path={path}: a pool mixes with images of one size that fit in memory or lie in an npz "
                 f"file, not with data={self.source}; set data.synthetic.path=null"
             )
-        synthetic_places(min(self.batch_size, len(images)), self.synthetic.fraction)
+        synthetic_positions(min(self.batch_size, len(images)), self.synthetic.fraction)
         self.pool = SyntheticPool(path, images.shape, self.num_classes)
         return MixedSet(images, self.pool)
 
@@ -269,12 +269,12 @@ class ImageDataModule(LightningDataModule):
             raise SettingError(f"data.crop={self.augment.padding} is for images of one size: set data.min_area instead")
         if self.preprocessing is None:
             raise SettingError(
-                f"data={self.source} has images of many sizes, and this network doesn't say how it wants them cut: set "
-                "data.preprocessing=Res256Crop224 (shorter side to 256, central 224×224) or the like"
+                f"data={self.source} has images of many sizes, and this network doesn't say how it wants them "
+                "cropped: set data.preprocessing=Res256Crop224 (shorter side to 256, central 224×224) or the like"
             )
-        cut = Cut.named(self.preprocessing)
-        augment = RandomCut(cut, self.min_area, self.augment.flip) if train else None
-        return FileSet(images[rows], labels[rows], cut, augment, self.seed)
+        crop = CenterCrop.named(self.preprocessing)
+        augment = RandomCrop(crop, self.min_area, self.augment.flip) if train else None
+        return FileSet(images[rows], labels[rows], crop, augment, self.seed)
 
     def _val_images(self, n: int) -> int:
         count = round(self.val_size * n) if self.val_size < 1 else int(self.val_size)
@@ -284,7 +284,7 @@ class ImageDataModule(LightningDataModule):
         return count
 
     def _evaluation(self, split: str) -> PlannedLoader:
-        images = self._placed(split)
+        images = self._on_device(split)
         plan = ShardPlan(len(images), self.eval_batch_size, *self._process())
         return PlannedLoader(images, plan, self._workers(images))
 
@@ -292,7 +292,7 @@ class ImageDataModule(LightningDataModule):
         """Reading from memory needs no processes."""
         return self.workers if isinstance(images, FileSet) else 0
 
-    def _placed(self, split: str) -> LabelledImages:
+    def _on_device(self, split: str) -> LabelledImages:
         """The images of a split, moved once to the device of the run."""
         images = self.images(split)
         if self.on_device and self.trainer:

@@ -39,7 +39,7 @@ class Synthetic:
         fraction: f, the share of a batch that is drawn from the pool, in (0, 1).
         sample: Images of the pool by whose gradients Υ is known.
         every: Steps between stratified passes over that many images; None for the first alone, after which the norms
-            of the batches' own synthetic images take the places of the oldest.
+            of the batches' own synthetic images take the positions of the oldest.
 
     Raises:
         SettingError: A setting is out of range.
@@ -130,16 +130,16 @@ class SyntheticPool:
         """Rows of several arrays, read in the file's order, announced before so that the disk fetches them at once."""
         ordered, order = np.unique(rows.numpy(), return_inverse=True)
         for array in arrays:
-            for place in array.places(ordered):
-                _announce(self._file, place, array.length)
+            for position in array.positions(ordered):
+                _announce(self._file, position, array.length)
         found = []
         for array in arrays:
-            content = b"".join(self._bytes(place, array.length) for place in array.places(ordered))
+            content = b"".join(self._bytes(position, array.length) for position in array.positions(ordered))
             found.append(np.frombuffer(content, array.dtype).reshape(-1, *array.shape)[order])
         return found
 
-    def _bytes(self, place: int, length: int) -> bytes:
-        content = os.pread(self._file, length, place)
+    def _bytes(self, position: int, length: int) -> bytes:
+        content = os.pread(self._file, length, position)
         if len(content) < length:
             raise RunError(f"data.synthetic.path={self.path} was cut short while it was in use; restore it and go on")
         return content
@@ -176,16 +176,16 @@ class _Rows:
         self.shape: tuple[int, ...] = array.shape[1:]
         self.length = array.dtype.itemsize * math.prod(self.shape)
 
-    def places(self, rows: NDArray[np.int64]) -> list[int]:
+    def positions(self, rows: NDArray[np.int64]) -> list[int]:
         """Where each row begins, in bytes."""
-        places: list[int] = (self.offset + rows * self.length).tolist()
-        return places
+        positions: list[int] = (self.offset + rows * self.length).tolist()
+        return positions
 
 
-def _announce(file: int, place: int, length: int) -> None:
+def _announce(file: int, position: int, length: int) -> None:
     """Tell the system what will be read, where it can be told."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, place, length, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(file, position, length, os.POSIX_FADV_WILLNEED)
 
 
 def _arrays(file: Path, shape: tuple[int, int, int]) -> list[Any]:

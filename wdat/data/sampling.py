@@ -1,4 +1,4 @@
-"""Which images make up which batch: a function of the seed and the epoch, divided over the processes by place."""
+"""Which images make up which batch: a function of the seed and the epoch, divided over the processes by position."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class BatchPlan:
 
     Attributes:
         index: (B,), int64: rows in the split; row r of a pool of synthetic images is n + r.
-        place: (B,), int64: places in the global batch.
+        position: (B,), int64: positions in the global batch.
         size: Number of images in the global batch.
         step: The global batch's number since the start of training; 0 in evaluation.
         epoch: The epoch it belongs to; 0 in evaluation.
     """
 
     index: Tensor
-    place: Tensor
+    position: Tensor
     size: int
     step: int
     epoch: int
@@ -35,19 +35,19 @@ class BatchPlan:
 class _Plan(DistributedSampler[BatchPlan]):
     """What both plans share. Lightning leaves a `DistributedSampler` as it is, and tells it the epoch."""
 
-    def __init__(self, n: int, batch_size: int, rank: int, world: int, shuffle: bool, seed: int = 0) -> None:
+    def __init__(self, n: int, batch_size: int, rank: int, world_size: int, shuffle: bool, seed: int = 0) -> None:
         if batch_size < 1:
             raise SettingError(
                 f"a batch of {batch_size} images: set data.batch_size and data.eval_batch_size to 1 or more"
             )
-        super().__init__(range(n), world, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(n), world_size, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.n = n
         self.batch_size = batch_size
-        self.world = world
+        self.world_size = world_size
 
 
-def synthetic_places(size: int, fraction: float) -> Tensor:
-    """Which places of a global batch are a pool's: B − round((1 − f)·B), spread evenly, so that processes share them.
+def synthetic_positions(size: int, fraction: float) -> Tensor:
+    """Which positions of a global batch are a pool's: B − round((1 − f)·B), evenly spread over the processes.
 
     Args:
         size: Images in the global batch, B.
@@ -65,16 +65,16 @@ def synthetic_places(size: int, fraction: float) -> Tensor:
             f"data.synthetic.fraction={fraction} of {size} images leaves no {'synthetic' if not count else 'original'} "
             f"image in a batch: set it nearer to 0.5, or raise data.batch_size"
         )
-    place = torch.arange(size)
-    return (place + 1) * count // size > place * count // size
+    position = torch.arange(size)
+    return (position + 1) * count // size > position * count // size
 
 
 class TrainPlan(_Plan):
     """The shuffled batches of training, one epoch at a time.
 
     The order of an epoch is one permutation, the same on every process. Global batch k is its rows k·B to (k + 1)·B,
-    of which process `rank` of `world` takes its consecutive share. A last, incomplete batch is dropped; a set smaller
-    than one batch is one batch.
+    of which process `rank` of `world_size` takes its consecutive share. A last, incomplete batch is dropped; a set
+    smaller than one batch is one batch.
 
     With a pool of synthetic images an epoch has as many batches, and each takes (1 − f)·B rows of the permutation and
     the others from the pool, uniformly.
@@ -84,7 +84,7 @@ class TrainPlan(_Plan):
         batch_size: Images in a global batch, over all processes: B.
         seed: The seed of the run.
         rank: This process's number, from 0.
-        world: Number of processes.
+        world_size: Number of processes.
         pool: Number of synthetic images; 0 for none.
         fraction: f, their share of a batch.
 
@@ -94,21 +94,28 @@ class TrainPlan(_Plan):
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, pool: int = 0, fraction: float = 0.0
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pool: int = 0,
+        fraction: float = 0.0,
     ) -> None:
-        super().__init__(n, batch_size, rank, world, shuffle=True, seed=seed)
-        if batch_size % world:
+        super().__init__(n, batch_size, rank, world_size, shuffle=True, seed=seed)
+        if batch_size % world_size:
             raise SettingError(
-                f"data.batch_size={batch_size} counts the images over all processes and can't be divided over {world}: "
-                f"set data.batch_size={-(-batch_size // world) * world} or another trainer.devices"
+                f"data.batch_size={batch_size} counts the images over all processes and can't be divided over "
+                f"{world_size}: set data.batch_size={-(-batch_size // world_size) * world_size}, or trainer.devices"
             )
-        if n < world:
+        if n < world_size:
             raise SettingError(
-                f"{n} training images for {world} processes: set trainer.devices or raise data.limit_train"
+                f"{n} training images for {world_size} processes: set trainer.devices or raise data.limit_train"
             )
         size = min(batch_size, n)
         self.pool = pool
-        self._drawn_places = synthetic_places(size, fraction) if pool else torch.zeros(size, dtype=torch.bool)
+        self._drawn_places = synthetic_positions(size, fraction) if pool else torch.zeros(size, dtype=torch.bool)
         self._first = 0  # where the next pass begins
         self._drawn = 0  # batches of this epoch handed out so far
 
@@ -125,11 +132,11 @@ class TrainPlan(_Plan):
         first, self._first = self._first, 0
         size = len(self._drawn_places)
         order = torch.randperm(self.n, generator=seeding.generator(self.seed, "order", self.epoch))
-        place = torch.arange(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+        position = torch.arange(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
         for k in range(first, len(self)):
             self._drawn = k + 1
             step = self.epoch * len(self) + k
-            yield BatchPlan(self._rows(order, k, step)[place], place, size, step, self.epoch)
+            yield BatchPlan(self._rows(order, k, step)[position], position, size, step, self.epoch)
 
     def _rows(self, order: Tensor, k: int, step: int) -> Tensor:
         """The rows of a whole global batch."""
@@ -160,27 +167,27 @@ class TrainPlan(_Plan):
 class ShardPlan(_Plan):
     """The batches of evaluation: every image once, on one process.
 
-    Process `rank` takes rows rank, rank + world, …; nothing is repeated to make shards even. All processes have the
-    same number of batches, so that loops with a collective in each batch stay in step; where a process has no image
+    Process `rank` takes rows rank, rank + world_size, …; nothing is repeated to make shards even. All processes have
+    the same number of batches, so that loops with a collective in each batch stay in step; where a process has no image
     left its batch is empty.
 
     Args:
         n: Number of images.
         batch_size: The most images a process handles at once.
         rank: This process's number, from 0.
-        world: Number of processes.
+        world_size: Number of processes.
     """
 
-    def __init__(self, n: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        super().__init__(n, batch_size, rank, world, shuffle=False)
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(n, batch_size, rank, world_size, shuffle=False)
 
     def __len__(self) -> int:
         """Number of batches of each process."""
-        return -(-self.n // (self.batch_size * self.world))
+        return -(-self.n // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        whole = self.batch_size * self.world
+        whole = self.batch_size * self.world_size
         for start in range(0, len(self) * whole, whole):
             stop = min(start + whole, self.n)
-            index = torch.arange(min(start + self.rank, stop), stop, self.world)
+            index = torch.arange(min(start + self.rank, stop), stop, self.world_size)
             yield BatchPlan(index, index - start, stop - start, 0, 0)

@@ -114,9 +114,9 @@ def first_of_each(labels: Tensor, count: int, num_classes: int, setting: str) ->
 
 
 def _ranks(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each label's place among the distinct ones, and how many equal ones stand before it, both (N,)."""
-    _, places, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
-    together = places.argsort(stable=True)
-    ranks = torch.empty_like(places)
-    ranks[together] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[places[together]]
-    return places, ranks
+    """Each label's position among the distinct ones, and how many equal ones stand before it, both (N,)."""
+    _, positions, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    together = positions.argsort(stable=True)
+    ranks = torch.empty_like(positions)
+    ranks[together] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[positions[together]]
+    return positions, ranks

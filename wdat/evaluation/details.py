@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wdat.attacks import AttackResult
-from wdat.gradients import forward
-from wdat.guard import undisturbed
-from wdat.processes import ALONE, Processes
+from wdat.distributed import ALONE, Processes
+from wdat.gradients import forward, undisturbed
 
 
 def pictures(

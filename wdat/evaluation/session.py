@@ -14,11 +14,11 @@ from torch import Tensor
 
 from wdat.attacks import Attack, Context
 from wdat.attacks.knapsack import Knapsack, certified_figures
-from wdat.attacks.minimum_norm import Flips
+from wdat.attacks.minimum_norm import NearestAdversarial
+from wdat.distributed import gather_to_rank_zero, together
 from wdat.errors import SettingError
-from wdat.evaluation import flips as kept
-from wdat.evaluation.run import ZERO_ONE, Evaluator, settings
-from wdat.processes import to_first, together
+from wdat.evaluation import stored
+from wdat.evaluation.evaluator import ZERO_ONE, Evaluator, settings
 from wdat.records import Record, RecordBook
 from wdat.threat import ThreatModel
 
@@ -40,7 +40,7 @@ class Session:
     Args:
         evaluator: The network and the images.
         book: Where records are and go; on processes other than the first, one without a file.
-        folder: Where nearest flips are kept between the attacks that need them.
+        folder: Where nearest adversarial points are kept between the attacks that need them.
 
     Raises:
         SettingError: If the folder has records of other weights under the same name.
@@ -48,7 +48,7 @@ class Session:
 
     def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
         self.evaluator, self.book, self.folder = evaluator, book, folder
-        self._images = kept.digest(evaluator.images, evaluator.rows, evaluator.processes)[:16]
+        self._images = stored.digest(evaluator.images, evaluator.rows, evaluator.processes)[:16]
         self._done = {signature(r) for r in book.records}
         with together(evaluator.processes):
             if any(self._of_other_weights(r) for r in book.records):
@@ -65,14 +65,14 @@ class Session:
 
     def attacked(self, attack: Attack, threat: ThreatModel) -> None:
         """The record of one attack at one budget."""
-        started = time.perf_counter()  # the search of the knapsack's flips counts where it is first needed
+        started = time.perf_counter()  # the search of the knapsack's nearest counts where it is first needed
         own = attack.threat_of(threat)
         options = settings(attack)
         loss = str(options.pop("loss", ZERO_ONE))
         if not self._missing(attack.name, options, loss, own):
             return
-        if isinstance(attack, Knapsack) and attack.flips is None:
-            attack = replace(attack, flips=self._flips(attack, threat.norm))  # not kept: the next norm has others
+        if isinstance(attack, Knapsack) and attack.nearest is None:
+            attack = replace(attack, nearest=self._nearest(attack, threat.norm))  # not kept: the next norm has others
         record = self.evaluator.attacked(attack, threat)
         self._add(replace(record, seconds=time.perf_counter() - started))
 
@@ -82,15 +82,15 @@ class Session:
             self._add(self.evaluator.bounded("certified", {"file": source}, threat, certified_figures(radii, threat)))
 
     def save_distances(self, attacks: Sequence[Attack], norm: str) -> None:
-        """Write `distances_NORM.npz`: the nearest-flip distance of each image, in the order of the set."""
+        """Write `distances_NORM.npz`: the nearest-adversarial distance of each image, in the order of the set."""
         for attack in attacks:
             if isinstance(attack, Knapsack):
-                self._save_distances(attack.flips or self._flips(attack, norm), norm)
+                self._save_distances(attack.nearest or self._nearest(attack, norm), norm)
 
-    def _save_distances(self, flips: Flips, norm: str) -> None:
+    def _save_distances(self, nearest: NearestAdversarial, norm: str) -> None:
         rows, processes = self.evaluator.rows, self.evaluator.processes
-        distances = to_first(flips.distances.double(), rows, processes)
-        labels = to_first(self.evaluator.images.y, rows, processes)
+        distances = gather_to_rank_zero(nearest.distances.double(), rows, processes)
+        labels = gather_to_rank_zero(self.evaluator.images.y, rows, processes)
         with together(processes):
             if distances is not None and labels is not None:
                 np.savez(self.folder / f"distances_{norm}.npz", distances=distances.numpy(), labels=labels.numpy())
@@ -117,22 +117,22 @@ class Session:
             self.book.add([record])
         self._done.add(signature(record))
 
-    def _flips(self, attack: Knapsack, norm: str) -> Flips:
-        """Nearest flips, from the folder where an interrupted evaluation left them, else searched and kept."""
+    def _nearest(self, attack: Knapsack, norm: str) -> NearestAdversarial:
+        """Nearest adversarial points: those left in the folder by an interrupted evaluation, else searched and kept."""
         evaluator = self.evaluator
         images, rows, processes, report = evaluator.images, evaluator.rows, evaluator.processes, evaluator.progress
-        file = self.folder / f"flips_{norm}.pt"
+        file = self.folder / f"nearest_{norm}.pt"
         about: dict[str, Any] = {"search": str(attack.search), "facts": str(evaluator.facts)}
         about |= {"split": evaluator.split, "n": evaluator.size, "images": self._images}
-        found = kept.load(file, about, images.x, rows, processes)
+        found = stored.load(file, about, images.x, rows, processes)
         if found is not None:
             return found
-        progress = None if report is None else lambda k, n: report(f"nearest flips, {norm}", k, n)
+        progress = None if report is None else lambda k, n: report(f"nearest adversarial points, {norm}", k, n)
         with together(processes):
             context = Context(index=rows, progress=progress)
-            flips = attack.find(evaluator.network, images.x, images.y, norm, context)
-        kept.save(file, about, flips, rows, processes)
-        return flips
+            nearest = attack.find(evaluator.network, images.x, images.y, norm, context)
+        stored.save(file, about, nearest, rows, processes)
+        return nearest
 
 
 def read_radii(path: Path, n: int) -> Tensor:

@@ -23,6 +23,18 @@ _COMPILED = "_orig_mod."  # put into keys by torch.compile
 _PARALLEL = "module."  # put before keys by DataParallel and its kin
 
 
+def broken_part(path: Path) -> str | None:
+    """The part of a file of `torch.save` whose bytes aren't those of its checksum; None if all are.
+
+    `torch.load` doesn't look at the checksums.
+
+    Raises:
+        zipfile.BadZipFile: The file is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def load_checkpoint(network: nn.Module, path: str | Path) -> nn.Module:
     """Load weights into `network`, strictly.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wdat import errors, seeding
 from wdat.errors import SettingError
-from wdat.guard import undisturbed
+from wdat.gradients import undisturbed
 from wdat.models.local import seeded
 
 TRAINABLE = ("all", "head")

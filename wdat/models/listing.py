@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from wdat import errors
-from wdat.console import printable
 from wdat.errors import SettingError
 from wdat.models import build, zoo
 from wdat.models.labels import label
+from wdat.terminal import printable
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from urllib.error import HTTPError
 
 from torch import nn
 
-from wdat.checkpoints import broken_part
 from wdat.errors import SettingError
-from wdat.models.checkpoint import read
+from wdat.models.checkpoint import broken_part, read
 
 
 @dataclass(frozen=True)

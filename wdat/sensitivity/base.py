@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from wdat.processes import ALONE, Processes
+from wdat.distributed import ALONE, Processes
 from wdat.threat import power_mean
 
 

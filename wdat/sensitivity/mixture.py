@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wdat.processes import Processes
+from wdat.distributed import Processes
 from wdat.seeding import generator
 from wdat.sensitivity.base import Estimator, Sample
 from wdat.threat import power_mean

@@ -42,8 +42,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wdat.distributed import Processes
 from wdat.errors import SettingError
-from wdat.processes import Processes
 from wdat.sensitivity.base import Estimator, Sample
 from wdat.sensitivity.histogram import Histogram
 from wdat.threat import power_mean

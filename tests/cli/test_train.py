@@ -1,0 +1,516 @@
+"""The script: what a run writes, how it goes on, and what it says of bad input.
+
+Most runs are made in this process, as `python train.py` would make them but for the interpreter's start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from omegaconf import OmegaConf
+from script_runner import run_script
+
+import wdat
+from wdat import models
+from wdat.attacks import build
+from wdat.data import ImageDataModule, digits
+from wdat.models import zoo
+from wdat.records import read
+
+SCRIPT = Path(__file__).parents[2] / "train.py"
+LOCALLY = ["trainer.accelerator=cpu", "trainer.devices=1"]
+EVALUATION = "callbacks.robust_evaluation"
+QUICK = [
+    "experiment=quickstart", *LOCALLY, "trainer.check_val_every_n_epoch=1", "attack.steps=2", "curve=[0.5]",
+    "pretrain.max_epochs=6", "data.batch_size=32",
+    "trainer.max_epochs=2", "trainer.log_every_n_steps=3", f"{EVALUATION}.pointwise.steps=4",
+    f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=4",
+    f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=320", "data.limit_val=30", "data.limit_test=35",
+    "schedule.optimizer.lr=0.005",
+]  # fmt: skip
+
+
+train = partial(run_script, SCRIPT)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing is written into the checkout, and nothing is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The quickstart, cut short."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    result = train(*QUICK, f"hydra.run.dir={folder}")
+    assert result.status == 0, result.err
+    records = read(folder / "records.json")
+    best = str(folder / next(r.checkpoint for r in records if r.stage == "after"))
+    return SimpleNamespace(
+        folder=folder, result=result, records=records, best=Path(best),
+        network=models.load_network("small_cnn", checkpoint=best),
+        picture=image.imread(folder / "curve.png"),
+        files={str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()},
+        saved=torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True),
+    )  # fmt: skip
+
+
+# --- what a run writes ----------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run(finished):
+    assert {"records.json", "curve.png", ".hydra/config.yaml", "checkpoints/last.ckpt"} <= finished.files
+    assert any(f.startswith("metrics") and f.endswith("metrics.csv") for f in finished.files)
+    config = OmegaConf.load(finished.folder / ".hydra" / "config.yaml")
+    assert (config.model.name, config.data.limit_train, config.trainer.max_epochs) == ("small_cnn", 320, 2)
+
+
+def test_stages_in_order(finished):
+    found = [(r.stage, r.split, r.epoch, r.attack, round(r.delta, 4)) for r in finished.records]
+    tested = [("none", 0), ("pgd", 0.1), ("wpgd", 0.1), ("pgd", 0.05), ("wpgd", 0.05)]
+    wanted = [("before", "test", None, *t) for t in tested]
+    wanted += [("epoch", "val", epoch, *t) for epoch in (1, 2) for t in tested[:3]]
+    assert found == wanted + [("after", "test", None, *t) for t in tested]
+
+
+def test_records_are_those_of_the_contract(finished):
+    names = """stage network checkpoint data split attack options loss p norm delta n set_size accuracy accuracy_low
+    accuracy_high loss_mean distance seconds seed device commit versions"""
+    content = json.loads((finished.folder / "records.json").read_text())
+    for record in content:
+        assert set(names.split()) <= set(record)
+        assert 0 <= record["accuracy_low"] <= record["accuracy"] <= record["accuracy_high"] <= 1
+        assert record["n"] == record["set_size"] == {"test": 35, "val": 30}[record["split"]]
+        assert record["p"] == ("inf" if record["attack"] == "pgd" else 2)
+        assert (record["network"], record["data"], record["seed"]) == ("small_cnn", "digits", 0)
+        assert record["distance"] <= record["delta"] * (1 + 1e-5)
+        if record["attack"] == "none":
+            assert record["upsilon"] > 0
+            assert record["loss_misclassified"] > 0
+
+
+def test_the_checkpoint_is_the_one_with_the_best_monitor(finished):
+    scores = {r.epoch: r.accuracy for r in finished.records if r.stage == "epoch" and r.attack == "wpgd"}
+    epoch = torch.load(finished.best, weights_only=True)["epoch"] + 1
+    assert scores[epoch] == max(scores.values())
+
+
+def test_evaluating_the_checkpoint_gives_the_recorded_numbers(finished):
+    data = ImageDataModule("digits", 10, val_size=0.15, limit_test=35)
+    data.setup()
+    again = 0
+    for record in finished.records:
+        if record.stage != "after":
+            continue
+        threat = wdat.ThreatModel(2, record.norm, record.delta)
+        attacks = [] if record.attack == "none" else [build(record.attack, loss=record.loss, **record.options)]
+        found = wdat.evaluate(finished.network, data.test_dataloader(), threat, attacks, losses=["ce"])[-1]
+        assert found.accuracy == record.accuracy
+        assert found.loss_mean == pytest.approx(record.loss_mean, rel=1e-4)
+        again += 1
+    assert again == 5
+    accuracies = [r.accuracy for r in finished.records if r.stage == "after"]
+    assert 0 < min(accuracies) < max(accuracies) < 1, "a run that tells the numbers apart"
+
+
+def test_the_picture(finished):
+    assert finished.picture.shape[0] >= 400
+    assert finished.picture[..., :3].std() > 0.02
+    blue = np.abs(finished.picture[..., :3] - np.array([0x1F, 0x5F, 0xA8]) / 255).max(-1) < 0.02
+    assert blue.sum() > 50, "the line of the stage `after`"
+
+
+def test_the_terminal(finished):
+    out, err = finished.result.out, finished.result.err
+    assert err == ""
+    after = {r.attack: r.accuracy for r in finished.records if r.stage == "after" and r.delta in (0, 0.1)}
+    for accuracy in after.values():
+        assert f"{100 * accuracy:.2f} [" in out
+    for what in (
+        "47,818 of 47,818 parameters",
+        "320 training, 30 validation",
+        "35 test",
+        "epoch 2/2",
+        "before",
+        "change",
+    ):
+        assert what in out
+    for file in (finished.best, finished.folder / "records.json", finished.folder / "curve.png"):
+        assert str(file) in out
+    assert "Warning" not in out + err
+
+
+def test_the_log_has_the_metrics_of_the_contract(finished):
+    names = set()
+    for file in finished.folder.rglob("metrics.csv"):
+        names |= set(file.read_text().splitlines()[0].split(","))
+    of_steps = ["loss", "loss_clean", "loss_distributional", "upsilon", "radius_max", "top1_share", "zero_radii"]
+    of_sets = ["acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"]
+    assert {f"train/{n}" for n in of_steps} <= names
+    assert {f"{split}/{n}" for split in ("val", "test") for n in of_sets} <= names
+    assert {"cost/seconds_per_step", "cost/images_per_second"} <= names
+
+
+def test_the_checkpoint_knows_the_sensitivity(finished):
+    assert finished.saved["sensitivity"]["name"] == "table"
+    assert len(finished.saved["sensitivity"]["stored"]) > 0
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resumed(finished):
+    result = train(f"resume={finished.folder}", "trainer.max_epochs=3")
+    assert result.status == 0, result.err
+    return SimpleNamespace(result=result, records=read(finished.folder / "records.json"))
+
+
+def test_a_resumed_run_keeps_its_records_and_adds_epochs(finished, resumed):
+    kept = [r for r in finished.records if r.stage != "after"]  # the weights of then are no more
+    old, new = resumed.records[: len(kept)], resumed.records[len(kept) :]
+    assert old == kept
+    assert [(r.stage, r.epoch) for r in new] == [("epoch", 3)] * 3 + [("after", None)] * 5
+    assert resumed.result.err == ""
+
+
+def test_a_resumed_run_starts_from_its_checkpoint(finished, resumed):
+    """Not from fresh weights, and without plain training anew."""
+    assert "plain training" not in resumed.result.out
+    saved = torch.load(finished.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == 2
+    assert saved["global_step"] == finished.saved["global_step"] * 3 // 2
+
+
+def test_a_resumed_run_remembers_the_best(finished, resumed):
+    scores = {r.epoch: r.accuracy for r in resumed.records if r.stage == "epoch" and r.attack == "wpgd"}
+    last = [r for r in resumed.records if r.stage == "after"][-1]
+    epoch = torch.load(finished.folder / last.checkpoint, weights_only=True)["epoch"] + 1
+    assert scores[epoch] == max(scores.values())
+    assert last.checkpoint == "checkpoints/best.ckpt"
+
+
+def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
+    """Also where it isn't the best: here nothing is learnt, so no epoch is better than the first."""
+    shorter = ["pretrain.max_epochs=0", "data.limit_train=64", "curve=[]", "schedule.optimizer.lr=0"]
+    assert train(*QUICK, *shorter, "hydra.run.dir=run").status == 0
+    saved = {f.name: torch.load(f, weights_only=True)["epoch"] for f in Path("run/checkpoints").iterdir()}
+    assert saved["last.ckpt"] == 1
+    best = Path("run/checkpoints/best.ckpt").read_bytes()
+    Path("run").rename("moved")
+    result = train("resume=moved", "trainer.max_epochs=3")
+    assert result.status == 0, result.err
+    records = read(Path("moved/records.json"))
+    assert [r.epoch for r in records if r.stage == "epoch" and r.attack == "none"] == [1, 2, 3]
+    assert records[-1].checkpoint == "checkpoints/best.ckpt", "the best is remembered"
+    assert Path("moved/checkpoints/best.ckpt").read_bytes() == best
+    after = [(r.attack, r.loss, r.delta) for r in records if r.stage == "after"]
+    assert len(after) == len(set(after)), "those of before it went on are gone"
+
+
+def test_jobs_in_one_process_of_which_one_fails(tmp_path):
+    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.status == 2
+    said = result.err.splitlines()
+    assert said[0] == "error: seed=-1 must be a whole number from 0 to 2**32 - 1"
+    assert said[1] == "1 of 3 jobs failed:"
+    assert said[2].startswith("  #1 ")
+    assert said[2].endswith(" seed=-1")
+    assert len(said) == 3
+    jobs = [read(tmp_path / "sweep" / str(job) / "records.json") for job in (0, 2)]
+    assert [[r.seed for r in job] for job in jobs] == [[0] * 9, [7] * 9]
+    assert [r.loss_mean for r in jobs[0]] != [r.loss_mean for r in jobs[1]]
+    for job in (0, 2):
+        assert (tmp_path / "sweep" / str(job) / "checkpoints" / "last.ckpt").exists()
+        assert (tmp_path / "sweep" / str(job) / "curve.png").exists()
+
+
+def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
+    run = tmp_path / "run"
+    few = ["pretrain.max_epochs=0", "data.limit_train=64", "curve=[]", "trainer.precision=64-true"]
+    assert train(*QUICK, *few, f"hydra.run.dir={run}").status == 0
+    last = run / "checkpoints" / "last.ckpt"
+    whole = torch.load(last, weights_only=True)["state_dict"]
+    last.unlink()  # as if the run had stopped after its first epoch
+    resumed = train(f"resume={run}")
+    assert resumed.status == 0, resumed.err
+    assert "step 2" in resumed.out
+    found = torch.load(last, weights_only=True)["state_dict"]
+    assert {value.dtype for value in found.values()} == {torch.float64}
+    assert all(torch.equal(value, whole[key]) for key, value in found.items())
+
+
+def test_the_switches_for_speed(tmp_path):
+    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    run = tmp_path / "run"
+    result = train(*QUICK, *shorter, "trainer.precision=bf16-mixed", "channels_last=true", f"hydra.run.dir={run}")
+    assert (result.status, result.err) == (0, "")
+    plain = train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / 'plain'}")
+    assert plain.status == 0
+    for mine, theirs in zip(read(run / "records.json"), read(tmp_path / "plain" / "records.json"), strict=True):
+        assert mine.accuracy == pytest.approx(theirs.accuracy, abs=0.05), mine.attack
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
+
+
+def test_a_pool_of_synthetic_images(tmp_path):
+    data = digits()
+    np.savez("pool.npz", image=data.x_train[:200].permute(0, 2, 3, 1).numpy(), label=data.y_train[:200].numpy())
+    pool = [
+        "data.synthetic.path=pool.npz",
+        "data.synthetic.fraction=0.5",
+        "pretrain.max_epochs=1",
+        "trainer.max_epochs=1",
+    ]
+    result = train(*QUICK, *pool, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    assert "pool    200 synthetic images, 50 % of each batch" in result.out
+    assert {r.data for r in read(Path("run/records.json"))} == {"digits"}
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["sensitivity"]["name"] == "mixture"
+    assert len(checkpoint["sensitivity"]["originals"]["stored"]) == 320
+    assert checkpoint["global_step"] == 10
+    result = train(*QUICK, "data.synthetic.path=none.npz")
+    assert "data.synthetic.path=none.npz: no such file" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    values = []
+    for name in ("one", "two"):
+        assert train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / name}").status == 0
+        values.append([(r.accuracy, r.loss_mean) for r in read(tmp_path / name / "records.json")])
+    assert values[0] == values[1]
+
+
+def test_no_epochs_is_an_evaluation(tmp_path):
+    result = train(*QUICK, "trainer.max_epochs=0", "pretrain.max_epochs=0", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (result.status, result.err) == (0, "")
+    records = read(tmp_path / "run" / "records.json")
+    before, after = ([r.accuracy for r in records if r.stage == s] for s in ("before", "after"))
+    assert len(before) == 5
+    assert before == after
+
+
+@pytest.mark.parametrize("objective", ["trades", "clean"])
+def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
+    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    result = train(*QUICK, *shorter, f"objective={objective}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.status == 0, result.err
+    assert result.out.count("attack=wpgd_budget is not used") == 1
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def npz(path, labels=(0, 1, 2, 3, 4, 5, 6, 7)):
+    images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.array(labels)
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return path
+
+
+def refused(*arguments):
+    """The message of a run that must fail: a line or two, no traceback, status 2."""
+    short = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=32", "+trainer.max_time=00:00:00:03"]
+    result = train(*QUICK, *short, "hydra.run.dir=run", *arguments)
+    assert "Traceback" not in result.out + result.err
+    assert result.status == 2, result.err[-600:]
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") <= 2
+    assert not Path("run/records.json").exists(), "noticed before any work"
+    return result.err
+
+
+BAD = {
+    "model=robustbench model.name=Rebufi2021Fixing_70_16": ["model.name", "Rebuffi2021Fixing_70_16_cutmix_ddpm"],
+    "model=robustbench model.name=Rebuffi2021Fixing_70_16": ["model.name", "Rebuffi2021Fixing_70_16_cutmix_ddpm"],
+    "model=robustbench": ["model.name"],
+    "attack.name=wpdg": ["attack.name", "wpgd"],
+    "attack.loss=cee": ["attack.loss", "ce"],
+    "attack.radii_loss=kl": ["attack.radii_loss", "ce"],
+    "attack.steps=0": ["attack.steps", "at least 1"],
+    "attack.radius_max=0.5": ["attack.radius_max", "at least 1"],
+    "threat.delta=-1": ["threat.delta", "negative"],
+    "threat.delta=abc": ["threat.delta", "8/255"],
+    "threat.p=0.5": ["threat.p", "at least 1"],
+    "threat.p=1": ["threat.p", "> 1"],
+    "threat.norm=l1": ["threat.norm", "l2"],
+    "data=npz": ["data.path"],
+    "data=npz data.path=missing.npz": ["data.path=missing.npz", "no such file"],
+    "data.limit_train=0": ["data.limit_train", "null"],
+    "data.batch_size=0": ["data.batch_size", "from 1"],
+    "data.num_classes=7": ["data.num_classes", "10"],
+    "objective.beta_w=-1": ["objective.beta_w", "negative"],
+    "objective.label_smoothing=1": ["objective.label_smoothing", "[0, 1)"],
+    "objective.smooth=synthetics": ["objective.smooth", "synthetic"],
+    "schedule.exempt=[norms]": ["schedule.exempt", "norm"],
+    "schedule.per_batch=0": ["schedule.per_batch", "null"],
+    "sensitivity.every=0": ["sensitivity.every", "at least 1"],
+    "averaging=ema averaging.decay=1": ["averaging.decay"],
+    "averaging=ema averaging.start=1": ["averaging.start"],
+    "sensitivity.window=0": ["sensitivity.window", "at least 1", "null"],
+    "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
+    "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
+    "finetune.trainable=heads": ["finetune.trainable", "head"],
+    "resume=nowhere": ["resume=nowhere", "not the folder of a run"],
+    "seed=-1": ["seed"],
+    "monitor=val/acc_distribution": ["monitor", "val/acc_distributional"],
+    "trainer.max_epochs=-1": ["trainer.max_epochs"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_settings_are_named_with_a_remedy(arguments):
+    message = refused(*arguments.split())
+    for word in BAD[arguments]:
+        assert word in message
+
+
+def test_labels_out_of_range_are_named(tmp_path):
+    path = npz(tmp_path / "labels.npz", [0, 1, 2, 3, 4, 5, 6, 12])
+    message = refused("data=npz", f"data.path={path}", "data.val_size=2")
+    assert "y_train" in message
+    assert "data.num_classes=13" in message
+
+
+def checkpoint(kind, folder):
+    path = folder / "weights.pt"
+    if kind == "another architecture":
+        torch.save(models.load_network("cnn_a").state_dict(), path)
+    elif kind == "corrupt":
+        torch.save(models.load_network("small_cnn").state_dict(), path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "pickled":
+        torch.save(models.load_network("small_cnn"), path)
+    elif kind == "a web page":
+        path.write_text("<!DOCTYPE html><html>Quota exceeded</html>")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["another architecture", "missing", "corrupt", "pickled", "a web page"])
+def test_bad_checkpoints_are_named(kind, tmp_path):
+    path = checkpoint(kind, tmp_path)
+    message = refused(f"model.checkpoint={path}")
+    assert "model.checkpoint" in message
+    assert str(path) in message
+
+
+def test_a_missing_network_of_the_zoo_says_where_to_put_it(monkeypatch, tmp_path):
+    zoo.robustbench()
+    monkeypatch.setattr("robustbench.utils.download_gdrive_new", _no_network)
+    path = npz(tmp_path / "images.npz")
+    message = refused(
+        "model=Rebuffi2021", "attack=wpgd", "data=npz", f"data.path={path}", "data.val_size=2", "model.root=weights"
+    )
+    assert "model.name" in message
+    assert str(tmp_path / "weights/cifar10/Linf/Rebuffi2021Fixing_28_10_cutmix_ddpm.pt") in message
+
+
+def test_missing_images_say_where_to_put_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("wdat.data.cifar.download_and_extract_archive", _no_network)
+    result = train("model=Rebuffi2021", "attack=wpgd", *LOCALLY, "hydra.run.dir=run", "data.root=images")
+    assert result.status == 2
+    assert "Traceback" not in result.out + result.err
+    for word in ("data.root=images", str(tmp_path / "images" / "cifar-10-batches-py"), "data=npz"):
+        assert word in result.err
+
+
+def _no_network(*others, **options):
+    raise URLError("Name or service not known")
+
+
+def script(*arguments, folder, timeout=280):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout, env=environment)
+
+
+@pytest.mark.slow
+def test_from_a_shell(tmp_path):
+    """The same in a process of its own, where nothing is silenced or turned into errors by the tests."""
+    found = script(*QUICK, "attack.name=wpdg", folder=tmp_path)
+    wanted = "error: unknown attack 'wpdg' (attack.name): did you mean wpgd, pgd, wpgd_budget?\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", wanted)
+    found = script(*QUICK, "trainer.max_epochs=1", "data.limit_train=64", "hydra.run.dir=run", folder=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "\x1b" not in found.stdout, "no terminal, no colours"
+    assert {r.stage for r in read(tmp_path / "run" / "records.json")} == {"before", "epoch", "after"}
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    """35 test images, an odd number: none is left out and none counted twice."""
+    shorter = [*QUICK, "trainer.max_epochs=1", "pretrain.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    found = []
+    for devices in (1, 2):
+        folder = tmp_path / f"on_{devices}"
+        done = script(*shorter, f"trainer.devices={devices}", f"hydra.run.dir={folder}", folder=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Warning" not in done.stderr
+        assert "recommended to use `self.log" not in done.stderr + done.stdout
+        found.append(read(folder / "records.json"))
+        assert done.stdout.count("64 training") == 1
+    for one, two in zip(*found, strict=True):
+        assert (one.stage, one.attack, one.n, one.set_size) == (two.stage, two.attack, two.n, two.set_size)
+        assert two.accuracy == pytest.approx(one.accuracy, abs=1.01 / one.n)  # rounding may tip an image
+        assert two.loss_mean == pytest.approx(one.loss_mean, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_real_network_on_real_images(shared, tmp_path):
+    weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
+    if not weights.exists() or not images.exists():
+        pytest.skip(f"no {weights} or {images}")
+    result = train(
+        "model=resnet2b", f"model.checkpoint={weights}", "data=npz", f"data.path={images}", "threat.delta=2/255",
+        "attack=wpgd_budget", "trainer.max_epochs=1", "data.limit_train=256", "curve=[]", *LOCALLY, "hydra.run.dir=run",
+    )  # fmt: skip
+    assert (result.status, result.err) == (0, "")
+    records = read(Path("run/records.json"))
+    before = {r.attack: r for r in records if r.stage == "before"}
+    assert before["none"].n == 846
+    assert before["none"].accuracy == 580 / 846
+    assert 0.54 <= before["pgd"].accuracy <= 0.56
+    assert before["wpgd"].accuracy < before["none"].accuracy
+    assert before["wpgd"].distance <= 2 / 255 * (1 + 1e-5)
+    assert {r.checkpoint for r in records if r.stage == "before"} == {str(weights)}
+    assert [r.stage for r in records if r.attack == "none"] == ["before", "epoch", "after"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:wpgd. every gradient is zero")  # fresh weights classify nothing
+def test_a_network_of_the_zoo_trains(tmp_path):
+    name = "Rebuffi2021Fixing_R18_ddpm"
+    network = models.build.architecture(zoo.resolve(name, "cifar10", "Linf"))
+    place = tmp_path / "zoo" / "cifar10" / "Linf" / f"{name}.pt"
+    place.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), place)
+    few = ["data.limit_train=8", "data.limit_val=5", "data.limit_test=5", "data.batch_size=4"]
+    short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pointwise", "distributional")]
+    result = train(
+        "model=robustbench", f"model.name={name}", "model.root=zoo", "data=digits", "trainer.max_epochs=1",
+        "attack.steps=2", "curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",
+    )  # fmt: skip
+    assert (result.status, result.err) == (0, "")
+    records = read(Path("run/records.json"))
+    assert {r.network for r in records} == {name}
+    trained = torch.load(Path("run/checkpoints/last.ckpt"), weights_only=True)["state_dict"]
+    before = network.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], trained[f"network.{key}"])}
+    parameters = {key for key, _ in network.named_parameters() if network.get_parameter(key).requires_grad}
+    assert parameters <= changed
+    assert any("running_mean" in key for key in changed)

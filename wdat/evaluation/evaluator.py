@@ -1,0 +1,297 @@
+"""Running attacks over a whole set of images: one set, one budget, one record an attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wdat.attacks import ATTACKS, Attack, Context, build
+from wdat.attacks.base import check_images
+from wdat.data.batch import Batch
+from wdat.distributed import ALONE, Processes, together
+from wdat.errors import SettingError, unknown
+from wdat.evaluation.details import pictures
+from wdat.evaluation.statistics import bootstrap_interval
+from wdat.gradients import input_gradients, ordinary, undisturbed
+from wdat.losses import get_label_loss
+from wdat.records import Facts, Record
+from wdat.threat import ThreatModel, dual_norm, power_mean
+
+Progress = Callable[[str, int, int], None]
+
+ZERO_ONE = "0-1"  # the loss of attacks that count errors
+
+
+@dataclass(frozen=True)
+class ImageTensors:
+    """A whole evaluation set, or this process's part of it, in memory.
+
+    Attributes:
+        x: Images (N, C, H, W) in [0, 1].
+        y: Labels (N,).
+        index: (N,), their rows in the split, which give the order of a set that processes share; None puts the images
+            of the first process first.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor | None = None
+
+    @classmethod
+    def collect(cls, batches: Iterable[Sequence[Any]], device: torch.device) -> ImageTensors:
+        """Gather the first two members (images, labels) of every batch, and the rows where it knows them.
+
+        Raises:
+            SettingError: If there is no batch at all; a process without images has an empty one.
+        """
+        kept = [ordinary(*((b.x, b.y, b.index) if isinstance(b, Batch) else (b[0], b[1]))) for b in batches]
+        if not kept:
+            raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
+        return cls(*(torch.cat(parts).to(device) for parts in zip(*kept, strict=True)))
+
+
+def positions(images: ImageTensors, processes: Processes) -> tuple[Tensor, int]:
+    """Where this process's images stand in the whole set, (N,), and how many images that has.
+
+    Raises:
+        SettingError: If the set is empty, or an image is in it twice, as with samplers that make shards even.
+    """
+    n, device = len(images.y), images.y.device
+    before = processes.gather(torch.tensor([n], device=device))
+    size = int(before.sum())
+    if size == 0:
+        raise SettingError("the set of images to evaluate is empty; check data.limit_test and data.val_size")
+    if processes.max(float(images.index is None)) or images.index is None:
+        return int(before[: processes.rank].sum()) + torch.arange(n, device=device), size
+    rows = processes.gather(images.index).sort().values
+    if bool((rows[1:] == rows[:-1]).any()):
+        raise SettingError(
+            f"some of the {size} images to evaluate come twice: set trainer.use_distributed_sampler=false, or divide "
+            "them with wdat.data.ShardPlan, which repeats none"
+        )
+    return torch.searchsorted(rows, images.index), size
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are; the CPU if it has none."""
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A network and a whole set of images, ready to be attacked; each call gives one record.
+
+    Attributes:
+        network: Takes images in [0, 1], gives logits (N, K).
+        images: The set, or this process's part of it.
+        batch_size: Images per pass.
+        stage: What the records say of their stage.
+        split: What they say of their split.
+        epoch: What they say of the epochs trained.
+        facts: What they say of network, data and seed.
+        processes: The processes that hold the other parts of the set.
+        progress: Called with a label, steps done and steps in all.
+        pictures: Whether records carry examples and histograms.
+        size: Images in the whole set, over all processes.
+        rows: (N,), where this process's images stand in the whole set.
+
+    Raises:
+        SettingError: If an image or a label can't be used.
+    """
+
+    network: nn.Module
+    images: ImageTensors
+    batch_size: int = 512
+    stage: str = "evaluate"
+    split: str = "test"
+    epoch: int | None = None
+    facts: Facts = field(default_factory=Facts)
+    processes: Processes = ALONE
+    progress: Progress | None = None
+    pictures: bool = False
+    size: int = field(init=False)
+    rows: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        x, y = ordinary(self.images.x, self.images.y)
+        index = None if self.images.index is None else ordinary(self.images.index)[0]
+        images = ImageTensors(x, y, index)
+        with together(self.processes):
+            check_images(self.network, images.x, images.y)
+        rows, size = positions(images, self.processes)
+        for name, value in {"images": images, "rows": rows, "size": size}.items():
+            object.__setattr__(self, name, value)
+
+    def record(self, hits: int, **values: Any) -> Record:
+        """A record on this set, from the number of images classified correctly and what else is known."""
+        low, high = bootstrap_interval(hits, self.size)
+        about: dict[str, Any] = {
+            "stage": self.stage, "split": self.split, "epoch": self.epoch, "device": str(self.images.x.device),
+            "n": self.size, "set_size": self.size, **asdict(self.facts),
+            "accuracy": hits / self.size, "accuracy_low": low, "accuracy_high": high,
+        }  # fmt: skip
+        return Record(**{**about, **values})
+
+    def clean(self, threat: ThreatModel, loss: str) -> Record:
+        """A, V(0), W(0) and Υ of one loss, from one forward and backward pass [B]."""
+        started = time.perf_counter()
+        x, y = self.images.x, self.images.y
+        with undisturbed(self.network), torch.autocast(x.device.type, enabled=False):
+            clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
+        wrong, values = clean.logits.argmax(1) != y, clean.loss.double()
+        totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
+        misses, total, total_wrong, dropped = self.processes.sum(totals)
+        return self.record(
+            hits=self.size - int(misses),
+            attack="none",
+            options={},
+            loss=loss,
+            p=threat.p,
+            norm=threat.norm,
+            delta=0.0,
+            loss_mean=total / self.size,
+            distance=0.0,
+            seconds=time.perf_counter() - started,
+            upsilon=power_mean(dual_norm(clean.gradient, threat.norm), threat.q, self.processes),
+            loss_misclassified=total_wrong / misses if misses else None,
+            dropped=int(dropped),
+        )
+
+    def attacked(self, attack: Attack, threat: ThreatModel) -> Record:
+        """Accuracy under one attack, verified."""
+        started = time.perf_counter()
+        options = settings(attack)
+        loss = str(options.pop("loss", ZERO_ONE))
+        label = f"{attack.name} {loss}"
+        progress = partial(self.progress, label) if self.progress else None
+        context = Context(processes=self.processes, index=self.rows, progress=progress)
+        result = attack(self.network, self.images.x, self.images.y, threat, context)
+        values: dict[str, Any] = {
+            "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
+            "p": result.threat.p, "delta": result.threat.delta,
+            "loss_mean": result.loss_mean, "distance": result.distance, "dropped": result.dropped,
+        }  # fmt: skip
+        details = dict(result.details)
+        if "accuracy" in details:  # the optimum, whose last image is attacked fractionally
+            details["materialised"] = {"accuracy": result.accuracy, "distance": result.distance}
+            values |= _taken(details)
+        if self.pictures:
+            images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
+            details |= pictures(self.network, *images, result, self.batch_size, *shared)
+        seconds = time.perf_counter() - started
+        return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
+
+    def bounded(self, name: str, options: dict[str, Any], threat: ThreatModel, details: dict[str, Any]) -> Record:
+        """A record of figures that were not attacked for, such as a bound from certified radii."""
+        about = {"attack": name, "options": options, "loss": ZERO_ONE, "p": threat.p, "norm": threat.norm}
+        values = {**about, "delta": threat.delta, "loss_mean": None, "seconds": 0.0, **_taken(details)}
+        return self.record(hits=0, **values, details=details)
+
+
+def _taken(details: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the details what has a field of its own in a record."""
+    return {k: details.pop(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "distance")}
+
+
+def settings(attack: Attack) -> dict[str, Any]:
+    """The options of an attack, as its record states them."""
+    return {f.name: getattr(attack, f.name) for f in fields(attack) if f.repr}
+
+
+def plan(
+    attacks: Sequence[str | Attack],
+    losses: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int = 512,
+) -> list[Attack]:
+    """The attacks to run: one for each name and loss, one for each name that ascends no loss, and those made already.
+
+    Raises:
+        SettingError: If a name or an option can't be used.
+    """
+    for loss in losses:
+        get_label_loss(loss, "losses")
+    for name in options or {}:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS, f"attack_options.{name}")
+    built: list[Attack] = []
+    for attack in attacks:
+        if isinstance(attack, Attack):
+            built.append(attack)
+            continue
+        given = {"batch_size": batch_size, **(options or {}).get(attack, {})}
+        kind = ATTACKS.get(attack)
+        ascends = kind is None or any(f.name == "loss" for f in fields(kind))
+        try:
+            if ascends:
+                built += [build(attack, **{"loss": loss, **given}) for loss in losses]
+            else:
+                built.append(build(attack, **given))
+        except SettingError as error:
+            raise SettingError(str(error).replace("attack.", f"attack_options.{attack}.")) from error
+        except TypeError as error:
+            raise SettingError(f"attack_options.{attack}={given} has a value of the wrong type ({error})") from error
+    return built
+
+
+def evaluate(
+    network: nn.Module,
+    loader: Iterable[Sequence[Any]] | ImageTensors,
+    threat: ThreatModel,
+    attacks: Sequence[str | Attack] = ("pgd", "wpgd"),
+    *,
+    losses: Sequence[str] = ("ce",),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int = 512,
+    stage: str = "evaluate",
+    split: str = "test",
+    epoch: int | None = None,
+    facts: Facts | None = None,
+    processes: Processes = ALONE,
+    progress: Progress | None = None,
+    pictures: bool = False,
+) -> list[Record]:
+    """Clean accuracy and accuracy under attacks that share one budget over the whole set.
+
+    Always in the precision of the images (float32), in eval mode; the network is left as it was found.
+
+    Args:
+        network: Any module that takes images in [0, 1] and gives logits (N, K).
+        loader: Batches whose first two members are images (N, C, H, W) and labels (N,), or the tensors themselves.
+        threat: Order, norm and budget.
+        attacks: Names, or attacks made with `wdat.attacks.build`; pointwise ones run at p = inf.
+        losses: For each, one clean record (V(0), W(0), Υ) and one run of every attack given by name.
+        options: Settings per attack name, such as `{"wpgd": {"steps": 100}}`.
+        batch_size: Images per pass; it doesn't change which images share the budget.
+        stage: What the records say of their stage.
+        split: What they say of their split.
+        epoch: What they say of the epochs trained.
+        facts: What they say of network, data and seed.
+        processes: The processes that hold the other parts of the set.
+        progress: Called with a label, steps done and steps in all.
+        pictures: Whether records carry examples and histograms.
+
+    Returns:
+        Clean records, one a loss, then one record for each attack and loss.
+
+    Raises:
+        SettingError: If the set is empty, or a name, option or image can't be used.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> loader = [(torch.rand(8, 3, 2, 2), torch.arange(8) % 3)]
+        >>> records = evaluate(network, loader, ThreatModel(2, "linf", "8/255"), ["wpgd"])
+        >>> [r.attack for r in records]
+        ['none', 'wpgd']
+    """
+    tensors = loader if isinstance(loader, ImageTensors) else ImageTensors.collect(loader, device_of(network))
+    built = plan(attacks, losses, options, batch_size)
+    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures)
+    evaluator = Evaluator(network, tensors, batch_size, *about)
+    return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]

@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, optimisers and schedules, callbacks, loggers and checkpoints."""
