@@ -318,7 +318,7 @@ class _Elsewhere:
 def test_rows_of_the_pool_are_copied_to_the_originals(tmp_path):
     data = mixed(tmp_path, crop=1)
     data.trainer = _Elsewhere()
-    images = data._placed("train")
+    images = data._on_device("train")
     assert images.pool is data.pool
     assert images.originals.images.device.type == "meta"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wdat import records
 from wdat.errors import SettingError
-from wdat.models import __main__ as command
+from wdat.cli import models as command
 from wdat.models import build, load_network, zoo
 from wdat.models.card import Origin, card
 from wdat.models.export import export

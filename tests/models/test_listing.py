@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from wdat.errors import SettingError
-from wdat.models import __main__ as command
+from wdat.cli import models as command
 from wdat.models import build, listing, load_network, zoo
 from wdat.models.labels import label
 
