@@ -38,7 +38,7 @@ from wdat.errors import RunError, SettingError, cause, unknown
 from wdat.evaluation import ImageTensors
 from wdat.evaluation.evaluator import Evaluator, plan
 from wdat.evaluation.session import Session, read_radii
-from wdat.records import Facts, RecordBook
+from wdat.records import Facts, RecordFile
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
 from wdat.terminal import PlainConsole
@@ -112,7 +112,7 @@ def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     return data, network
 
 
-def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) -> RecordBook:
+def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) -> RecordFile:
     """Run one evaluation from its composed configuration, on this process's share of the images.
 
     Args:
@@ -130,7 +130,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         device = choose_device(cfg.device, team.place)
         if team.first and not cfg.resume:
             check_unused(run_dir, "records.json", "an evaluation")
-        book = RecordBook(run_dir / "records.json" if team.first else None)
+        results = RecordFile(run_dir / "records.json" if team.first else None)
         if device.type == "cuda" and team.place.world > 1:
             torch.cuda.set_device(device)
     with together(everyone):
@@ -161,7 +161,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         console.print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
         with together(everyone):
             radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
-        session = Session(evaluator, book, run_dir)
+        session = Session(evaluator, results, run_dir)
         for loss in cfg.losses:
             session.clean(base, loss)
         for threat in threats:
@@ -171,14 +171,14 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
                 session.certified(radii, str(cfg.certified), threat)
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
-    return book
+    return results
 
 
-def show(book: RecordBook, run_dir: Path, console: PlainConsole) -> None:
+def show(results: RecordFile, run_dir: Path, console: PlainConsole) -> None:
     """Write the report and the picture, and print the table."""
-    accuracy_against_budget(book.records, run_dir / "curve.png")
-    write_report(book.records, run_dir / "report.html")
-    console.print(evaluation_table(book.records))
+    accuracy_against_budget(results.records, run_dir / "curve.png")
+    write_report(results.records, run_dir / "report.html")
+    console.print(evaluation_table(results.records))
     for name in ("records.json", "report.html", "curve.png"):
         console.print(f"{name:<12} {run_dir / name}")
 

@@ -35,7 +35,7 @@ from wdat.cli.sweep import Sweep
 from wdat.distributed import distributed_errors
 from wdat.errors import SettingError, unknown
 from wdat.objectives import Objective
-from wdat.records import Facts, RecordBook
+from wdat.records import Facts, RecordFile
 from wdat.reporting import dashboard
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
@@ -56,7 +56,7 @@ SWEEP = Sweep()
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
 
-def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
+def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     """Run one training from its composed configuration.
 
     Args:
@@ -89,7 +89,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if first and not cfg.resume:
         # A run that stopped before it saved anything may be begun again.
         check_unused(run_dir, f"{checkpoints.FOLDER}/{checkpoints.LAST}", "a run")
-    book = RecordBook(run_dir / "records.json" if first else None, fresh=not cfg.resume)
+    results = RecordFile(run_dir / "records.json" if first else None, fresh=not cfg.resume)
     facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
     resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
     if notice:
@@ -125,7 +125,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning declares nowhere
     evaluation = next(c for c in callbacks if isinstance(c, RobustEvaluation))
     progress = next((c.report for c in callbacks if isinstance(c, WorkProgress)), None)
-    evaluation.describe(book, facts, progress)
+    evaluation.describe(results, facts, progress)
     module.report = progress or module.report
 
     def measure(stage: str) -> None:
@@ -136,7 +136,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     if not resume:
         measure("before")
     trainer.fit(module, data, ckpt_path=resume)
-    book.forget("after")  # of a run that goes on: of other weights, or measured in part
+    results.forget("after")  # of a run that goes on: of other weights, or measured in part
     best = chosen(trainer, run_dir)
     if best:
         state = torch.load(best, map_location=module.device, weights_only=True)
@@ -145,17 +145,17 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordBook:
     measure("after")
     if first:
         picture = run_dir / "curve.png"
-        accuracy_against_budget(book.records, picture)
+        accuracy_against_budget(results.records, picture)
         report = run_dir / "report.html"
-        write_report(book.records, report)
-        table = before_after(book.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
+        write_report(results.records, report)
+        table = before_after(results.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
         console = PlainConsole(soft_wrap=False)
         console.print(table)
-        files = {"checkpoint": best, "records": book.path, "report": report, "picture": picture}
+        files = {"checkpoint": best, "records": results.path, "report": report, "picture": picture}
         said = "\n".join(f"{name:<10} {path}" for name, path in files.items())
         console.print(said, highlight=False, soft_wrap=True)
-        dashboard.finish(trainer.loggers, book.records, run_dir, best, trainer.global_step)
-    return book
+        dashboard.finish(trainer.loggers, results.records, run_dir, best, trainer.global_step)
+    return results
 
 
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:

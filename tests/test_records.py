@@ -11,7 +11,7 @@ import pytest
 
 from wdat import records
 from wdat.errors import SettingError
-from wdat.records import Record, RecordBook, read, write
+from wdat.records import Record, RecordFile, read, write
 
 
 def _record(**changes):
@@ -118,7 +118,7 @@ def test_a_file_cut_short_is_named(tmp_path):
     write(path, [_record()])
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(SettingError, match=r"records\.json"):
-        RecordBook(path)
+        RecordFile(path)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
@@ -130,11 +130,11 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 
 def test_a_book_writes_through_and_goes_on(tmp_path):
     path = tmp_path / "run" / "records.json"
-    book = RecordBook(path)
-    assert book.records == []
-    book.add([_record(stage="before")])
-    book.add([_record(stage="epoch", epoch=1), _record(stage="epoch", epoch=2)])
-    again = RecordBook(path)
+    results = RecordFile(path)
+    assert results.records == []
+    results.add([_record(stage="before")])
+    results.add([_record(stage="epoch", epoch=1), _record(stage="epoch", epoch=2)])
+    again = RecordFile(path)
     again.add([_record(stage="after")])
     assert [r.stage for r in read(path)] == ["before", "epoch", "epoch", "after"]
     assert again.records == read(path)
@@ -143,7 +143,7 @@ def test_a_book_writes_through_and_goes_on(tmp_path):
 
 def test_a_book_without_a_file_keeps_records_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    book = RecordBook(None)
-    book.add([_record()])
-    assert book.records == [replace(_record())]
+    results = RecordFile(None)
+    results.add([_record()])
+    assert results.records == [replace(_record())]
     assert list(tmp_path.iterdir()) == []

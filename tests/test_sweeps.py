@@ -22,7 +22,7 @@ from sweeps import cost, grids, smoke
 from sweeps.table import table
 from wdat import models
 from wdat.errors import SettingError
-from wdat.records import Record, RecordBook
+from wdat.records import Record, RecordFile
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = ("beta_and_delta", "loss_and_allocation", "networks_and_seeds", "rate_and_scope", "upsilon")
@@ -283,10 +283,10 @@ def job(folder, overrides, accuracies):
         "set_size": 4, "accuracy_low": 0.0, "accuracy_high": 1.0, "loss_mean": 1.0, "distance": 0.0, "seconds": 0.0,
         "seed": 0, "device": "cpu", "split": "val", "stage": "epoch",
     }  # fmt: skip
-    book = RecordBook(folder / "records.json")
+    results = RecordFile(folder / "records.json")
     for epoch, values in enumerate(accuracies, 1):
         attacks = zip(("none", "pgd", "wpgd"), (2.0, float("inf"), 2.0), values, strict=True)
-        book.add([Record(**about, epoch=epoch, attack=a, p=p, delta=0.1, accuracy=v) for a, p, v in attacks])
+        results.add([Record(**about, epoch=epoch, attack=a, p=p, delta=0.1, accuracy=v) for a, p, v in attacks])
 
 
 def test_the_table_shows_what_was_varied_and_the_best_epoch(tmp_path):

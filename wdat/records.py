@@ -192,7 +192,7 @@ def _measured(record: Record) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-class RecordBook:
+class RecordFile:
     """The records of a run, written through to `records.json` at every addition.
 
     Args:

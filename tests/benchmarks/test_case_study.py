@@ -20,7 +20,7 @@ from benchmarks.case_study import Study
 from sweeps import grids
 from wdat.attacks.knapsack_allocation import solve
 from wdat.errors import SettingError
-from wdat.records import Record, RecordBook
+from wdat.records import Record, RecordFile
 from wdat.threat import ThreatModel
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def finish(place: Path, distances, clean, seed=0):
         "device": "cpu", "commit": "", "versions": {},
     }  # fmt: skip
     found = [("none", 2.0, 0.0, clean), ("pgd", math.inf, 2 / 255, clean - 0.1), ("wpgd", 2.0, 2 / 255, clean - 0.2)]
-    RecordBook(place / "records.json").add(
+    RecordFile(place / "records.json").add(
         [Record(attack=a, p=p, delta=delta, accuracy=accuracy, **common) for a, p, delta, accuracy in found]
     )
     np.savez(place / "distances_linf.npz", distances=distances.numpy(), labels=np.zeros(len(distances)))

@@ -19,7 +19,7 @@ from wdat.distributed import ALONE
 from wdat.errors import RunError, SettingError
 from wdat.evaluation.evaluator import Evaluator, ImageTensors, evaluate, positions
 from wdat.evaluation.session import Session
-from wdat.records import Facts, RecordBook, read
+from wdat.records import Facts, RecordFile, read
 from wdat.threat import ThreatModel
 
 SEARCH = {"starts": 2, "targets": 1, "steps": 6, "bisections": 3}
@@ -180,8 +180,8 @@ def measure(problem, together):
             evaluator = Evaluator(
                 copy.deepcopy(problem.network), mine, facts=Facts("net"), processes=processes, pictures=True
             )
-            book = RecordBook(folder / "records.json" if processes.rank == 0 else None)
-            session = Session(evaluator, book, folder)
+            results = RecordFile(folder / "records.json" if processes.rank == 0 else None)
+            session = Session(evaluator, results, folder)
             session.clean(THREAT, "ce")
             radii = torch.full((11,), 0.001, dtype=torch.float64)
             for delta in deltas:
@@ -189,7 +189,7 @@ def measure(problem, together):
                     session.attacked(attack, ThreatModel(2, "linf", delta))
                 session.certified(radii, "radii.npy", ThreatModel(2, "linf", delta))
             session.save_distances([build("knapsack", **SEARCH)], "linf")
-            return len(book.records)
+            return len(results.records)
 
         return [one(ALONE)] if world == 1 else together(world, one)
 
@@ -238,7 +238,7 @@ def test_a_damaged_file_is_named_on_all_processes(together, problem, tmp_path, c
 
     def one(processes):
         evaluator = Evaluator(copy.deepcopy(problem.network), share(problem, processes.rank, 2), processes=processes)
-        session = Session(evaluator, RecordBook(None), tmp_path)
+        session = Session(evaluator, RecordFile(None), tmp_path)
         with pytest.raises(SettingError, match=r"nearest_linf\.pt can't be read.*delete it"):
             session.attacked(build("knapsack", **SEARCH), THREAT)
         return True

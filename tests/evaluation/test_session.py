@@ -16,7 +16,7 @@ from wdat.attacks.knapsack import Knapsack
 from wdat.errors import SettingError
 from wdat.evaluation.evaluator import Evaluator, ImageTensors
 from wdat.evaluation.session import Session
-from wdat.records import Facts, RecordBook, read
+from wdat.records import Facts, RecordFile, read
 from wdat.threat import ThreatModel
 
 SEARCH = {"starts": 1, "targets": 1, "steps": 6, "bisections": 3}
@@ -40,7 +40,7 @@ def session(problem, tmp_path):
 
     def make(facts=None, images=None, folder=tmp_path, **options):
         evaluator = Evaluator(problem[0], images or problem[1], facts=facts or Facts("net", "", "data", 0), **options)
-        return Session(evaluator, RecordBook(folder / "records.json"), folder)
+        return Session(evaluator, RecordFile(folder / "records.json"), folder)
 
     return make
 
@@ -88,7 +88,7 @@ def test_nor_within_one_session(session, worked):
     one = session()
     whole(one)
     whole(one)
-    assert len(worked) == len(one.book.records) == 6
+    assert len(worked) == len(one.results.records) == 6
 
 
 @pytest.mark.parametrize("done", range(4))

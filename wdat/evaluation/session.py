@@ -19,7 +19,7 @@ from wdat.distributed import gather_to_rank_zero, together
 from wdat.errors import SettingError
 from wdat.evaluation import stored
 from wdat.evaluation.evaluator import ZERO_ONE, Evaluator, settings
-from wdat.records import Record, RecordBook
+from wdat.records import Record, RecordFile
 from wdat.threat import ThreatModel
 
 
@@ -39,19 +39,19 @@ class Session:
 
     Args:
         evaluator: The network and the images.
-        book: Where records are and go; on processes other than the first, one without a file.
+        results: Where records are and go; on processes other than the first, one without a file.
         folder: Where nearest adversarial points are kept between the attacks that need them.
 
     Raises:
         SettingError: If the folder has records of other weights under the same name.
     """
 
-    def __init__(self, evaluator: Evaluator, book: RecordBook, folder: Path) -> None:
-        self.evaluator, self.book, self.folder = evaluator, book, folder
+    def __init__(self, evaluator: Evaluator, results: RecordFile, folder: Path) -> None:
+        self.evaluator, self.results, self.folder = evaluator, results, folder
         self._images = stored.digest(evaluator.images, evaluator.rows, evaluator.processes)[:16]
-        self._done = {signature(r) for r in book.records}
+        self._done = {signature(r) for r in results.records}
         with together(evaluator.processes):
-            if any(self._of_other_weights(r) for r in book.records):
+            if any(self._of_other_weights(r) for r in results.records):
                 name = evaluator.facts.checkpoint or evaluator.facts.network
                 raise SettingError(
                     f"{folder} holds an evaluation of other weights that {name} had then: name another folder "
@@ -114,7 +114,7 @@ class Session:
     def _add(self, record: Record) -> None:
         record = self._with_images(record)
         with together(self.evaluator.processes):
-            self.book.add([record])
+            self.results.add([record])
         self._done.add(signature(record))
 
     def _nearest(self, attack: Knapsack, norm: str) -> NearestAdversarial:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 import wdat
 from wdat.attacks import build
 from wdat.errors import SettingError
-from wdat.records import Facts, RecordBook, read
+from wdat.records import Facts, RecordFile, read
 from wdat.threat import ThreatModel
 from wdat.training.callbacks import RobustEvaluation
 
@@ -92,7 +92,7 @@ def test_one_budget_for_the_whole_set(digits, make_module, make_evaluation, make
 def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, make_trainer, tmp_path):
     module, evaluation, data = make_module(), make_evaluation(curve=[0.5, 2]), digits()
     facts = Facts("net", "net.pt", "digits", 3)
-    evaluation.describe(RecordBook(tmp_path / "records.json"), facts)
+    evaluation.describe(RecordFile(tmp_path / "records.json"), facts)
     trainer = make_trainer(evaluation, max_epochs=2, logger=CSVLogger(tmp_path))
     evaluation.stage = "before"
     trainer.test(module, data, verbose=False)
@@ -120,7 +120,7 @@ def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, 
 def test_sanity_checks_are_not_recorded(digits, make_module, make_evaluation, make_trainer):
     evaluation = make_evaluation()
     make_trainer(evaluation, num_sanity_val_steps=2).fit(make_module(), digits(eval_batch_size=8))
-    assert [(r.stage, r.epoch, r.n) for r in evaluation.book.records] == [("epoch", 1, 37)] * 3
+    assert [(r.stage, r.epoch, r.n) for r in evaluation.results.records] == [("epoch", 1, 37)] * 3
 
 
 def test_training_goes_on_undisturbed(digits, make_module, make_evaluation, make_trainer, network):
@@ -139,7 +139,7 @@ def test_training_goes_on_undisturbed(digits, make_module, make_evaluation, make
 
 def test_progress_is_told(digits, make_module, make_evaluation, make_trainer):
     evaluation, told = make_evaluation(), []
-    evaluation.describe(RecordBook(None), Facts(), lambda *what: told.append(what))
+    evaluation.describe(RecordFile(None), Facts(), lambda *what: told.append(what))
     make_trainer(evaluation).validate(make_module(), digits(), verbose=False)
     assert told == [(f"{name} ce", k, 5) for name in ("pgd", "wpgd") for k in range(1, 6)]
 

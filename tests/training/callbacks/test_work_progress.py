@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from wdat.records import Facts, RecordBook
+from wdat.records import Facts, RecordFile
 from wdat.training.callbacks import WorkProgress
 
 
@@ -23,7 +23,7 @@ def on(terminal):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_epoch_leaves_a_line_of_its_figures(terminal, digits, make_module, make_evaluation, make_trainer):
     display, evaluation = on(terminal), make_evaluation()
-    evaluation.describe(RecordBook(None), Facts(), display.report)
+    evaluation.describe(RecordFile(None), Facts(), display.report)
     trainer = make_trainer(evaluation, display, max_epochs=2, enable_progress_bar=True)
     trainer.test(make_module(), digits(), verbose=False)
     assert "epoch" not in display.text.getvalue()

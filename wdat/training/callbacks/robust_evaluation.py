@@ -17,14 +17,14 @@ from wdat.errors import SettingError
 from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.evaluator import Progress
 from wdat.gradients import ordinary
-from wdat.records import Facts, Record, RecordBook
+from wdat.records import Facts, Record, RecordFile
 from wdat.training.module import WDATModule
 
 
 class RobustEvaluation(L.Callback):
     """Attacks the images that a validation or test loop has seen, as one set with one budget.
 
-    Logs `{val,test}/{acc_pointwise,acc_distributional,upsilon,distance}`, and adds the records to a book.
+    Logs `{val,test}/{acc_pointwise,acc_distributional,upsilon,distance}`, and adds the records to a results.
 
     Args:
         pointwise: The attack behind `acc_pointwise`, at p = inf.
@@ -48,16 +48,16 @@ class RobustEvaluation(L.Callback):
             )
         self.pointwise, self.distributional = pointwise, distributional
         self.loss, self.batch_size, self.curve = loss, batch_size, tuple(curve)
-        self.book = RecordBook(None)
+        self.results = RecordFile(None)
         self.facts = Facts()
         self.stage = "evaluate"
         self.progress: Progress | None = None
         self.last: list[Record] = []
         self._batches: list[Batch] = []
 
-    def describe(self, book: RecordBook, facts: Facts, progress: Progress | None = None) -> None:
+    def describe(self, results: RecordFile, facts: Facts, progress: Progress | None = None) -> None:
         """Where records go, what they say of the run, and who is told of the progress."""
-        self.book, self.facts, self.progress = book, facts, progress
+        self.results, self.facts, self.progress = results, facts, progress
 
     def _collect(self, batch: Batch) -> None:
         x, y, index = ordinary(batch.x, batch.y, batch.index)
@@ -110,9 +110,9 @@ class RobustEvaluation(L.Callback):
             progress=self.progress,
         )
         self.last = run(threat, losses=[self.loss], pictures=split == "test")
-        self.book.add(self.last)
+        self.results.add(self.last)
         for factor in self.curve if split == "test" else ():
-            self.book.add(run(replace(threat, delta=factor * threat.delta), losses=[]))
+            self.results.add(run(replace(threat, delta=factor * threat.delta), losses=[]))
         clean, pointwise, distributional = self.last
         values = {
             "acc_pointwise": pointwise.accuracy,
