@@ -16,8 +16,8 @@ from script_runner import run_script
 from torch import Tensor, nn
 
 from wdat import records
-from wdat.errors import SettingError
 from wdat.cli import models as command
+from wdat.errors import SettingError
 from wdat.models import build, load_network, zoo
 from wdat.models.card import Origin, card
 from wdat.models.export import export

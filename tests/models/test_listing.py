@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from wdat.errors import SettingError
 from wdat.cli import models as command
+from wdat.errors import SettingError
 from wdat.models import build, listing, load_network, zoo
 from wdat.models.labels import label
 

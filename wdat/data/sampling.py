@@ -107,7 +107,8 @@ class TrainPlan(_Plan):
         if batch_size % world_size:
             raise SettingError(
                 f"data.batch_size={batch_size} counts the images over all processes and can't be divided over "
-                f"{world_size}: set data.batch_size={-(-batch_size // world_size) * world_size}; or change trainer.devices"
+                f"{world_size}: set data.batch_size={-(-batch_size // world_size) * world_size}, or change "
+                "trainer.devices"
             )
         if n < world_size:
             raise SettingError(
