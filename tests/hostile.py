@@ -21,7 +21,8 @@ TRAINED = [
     f"{EVALUATION}.distributional.steps=1", "data.limit_train=32", "data.limit_val=32", "data.limit_test=32",
 ]  # fmt: skip
 EVALUATED = [
-    "model=small_cnn", "device=cpu", "threat.delta=0.002", "losses=[ce]", "attacks=[pgd,knapsack]",
+    "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1", "threat.delta=0.002", "losses=[ce]",
+    "attacks=[pgd,knapsack]",
     "attack_options.pgd.steps=1", "attack_options.knapsack.steps=2", "attack_options.knapsack.starts=1",
     "attack_options.knapsack.targets=1",
 ]  # fmt: skip

@@ -1,14 +1,15 @@
-"""Starts a script in several processes, as torchrun would, and compares what they say."""
+"""Starts a script in several processes, as torchrun would or through it, and compares what they say."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,32 @@ ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def start(*command: object, folder: Path, timeout: float = 280, **variables: str) -> SimpleNamespace:
+    """Run `python *command` and all that it starts: status, out and err; ended after so many seconds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    started = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env=environment, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = started.communicate(timeout=timeout)
+    finally:
+        end(started)
+    return SimpleNamespace(status=started.returncode, out=out, err=err)
+
+
+def end(started: subprocess.Popen[Any]) -> None:
+    """End a process and its children, which are in a group of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait(20)
+
+
 def free_port() -> int:
-    with closing(socket.socket()) as found:
+    with contextlib.closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 

@@ -13,6 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 
+def contents(folder):
+    """Files below a folder with what they hold, and the folders that are empty."""
+    found = [f for f in folder.rglob("*") if f.is_file() or not any(f.iterdir())]
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in found}
+
+
 def run_script(script, *arguments):
     """`python SCRIPT *arguments` in this process: its status, output and error output."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv

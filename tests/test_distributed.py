@@ -93,7 +93,7 @@ def test_processes_that_cannot_be_reached_are_told_of(monkeypatch, said, told):
     with pytest.raises(RunError) as found, distributed_errors(lambda: "resume=RUN"), distributed_errors():
         raise RuntimeError(said)
     assert str(found.value).startswith(f"process 1 waited in vain for the others ({told}): one of them has failed")
-    assert str(found.value).endswith("training); resume=RUN")
+    assert str(found.value).endswith("timeout); resume=RUN")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,12 @@ def network(tmp_path, monkeypatch):
 
 def test_an_evaluation_cuts_as_robustbench_does_for_the_network(network):
     result = run_script(
-        ROOT / "evaluate.py", *SETTINGS, "device=cpu", "attacks=[pgd]", "losses=[ce]", "attack_options.pgd.steps=2"
+        ROOT / "evaluate.py",
+        *SETTINGS,
+        "trainer.accelerator=cpu",
+        "attacks=[pgd]",
+        "losses=[ce]",
+        "attack_options.pgd.steps=2",
     )
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))
@@ -69,8 +74,8 @@ def test_an_evaluation_cuts_as_robustbench_does_for_the_network(network):
 
 def test_the_user_may_cut_otherwise(network):
     result = run_script(
-        ROOT / "evaluate.py", *SETTINGS, "device=cpu", "attacks=[pgd]", "losses=[ce]", "attack_options.pgd.steps=2",
-        "data.preprocessing=Res40Crop32",
+        ROOT / "evaluate.py", *SETTINGS, "trainer.accelerator=cpu", "attacks=[pgd]", "losses=[ce]",
+        "attack_options.pgd.steps=2", "data.preprocessing=Res40Crop32",
     )  # fmt: skip
     assert (result.status, result.err) == (0, "")
     assert network.sizes == {(3, 32, 32)}

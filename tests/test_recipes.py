@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
-import runpy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +134,7 @@ def test_every_schedule_has_its_formula():
 
 @pytest.fixture(scope="module")
 def script():
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "train.py")))
+    return importlib.import_module("wdat.cli.train")
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -7,12 +7,30 @@ From Python, with any network that takes images in [0, 1] and gives logits:
     records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])
 """
 
-from wdat.attacks import AttackResult, attack
-from wdat.errors import ConstraintError, SettingError
-from wdat.evaluation import evaluate
-from wdat.records import Record
-from wdat.threat import ThreatModel
+from __future__ import annotations
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wdat.attacks import AttackResult, attack
+    from wdat.errors import ConstraintError, SettingError
+    from wdat.evaluation import evaluate
+    from wdat.records import Record
+    from wdat.threat import ThreatModel
+
+__version__ = "0.1.0"  # which pyproject.toml reads
 
 __all__ = ["AttackResult", "ConstraintError", "Record", "SettingError", "ThreatModel", "attack", "evaluate"]
+
+_HOMES = {
+    "AttackResult": "attacks", "attack": "attacks", "ConstraintError": "errors", "SettingError": "errors",
+    "evaluate": "evaluation", "Record": "records", "ThreatModel": "threat",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported where it is first used, so that the command line answers at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wdat' has no attribute {name!r}")
+    return getattr(import_module(f"wdat.{_HOMES[name]}"), name)

@@ -130,8 +130,8 @@ def distributed_errors(remedy: Callable[[], str] | None = None) -> Iterator[None
             raise
         raise RunError(
             f"process {dist.get_rank()} waited in vain for the others ({reason}): one of them has failed, and "
-            "says why, or was late by more than the time limit (process_timeout in evaluate.py, the strategy's timeout "
-            f"in training){f'; {remedy()}' if remedy else ''}"
+            "says why, or was late by more than the time limit (the strategy's timeout)"
+            f"{f'; {remedy()}' if remedy else ''}"
         ) from error
 
 

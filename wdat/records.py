@@ -21,13 +21,19 @@ STAGES = ("before", "epoch", "after", "evaluate")
 
 @cache
 def source_commit() -> str | None:
-    """The commit of the checkout this package runs from, marked `+` where files differ from it; None elsewhere."""
+    """The commit of the checkout this package runs from, marked `+` where files differ from it; None elsewhere.
+
+    A package that is installed inside another repository has none.
+    """
+    checkout = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return None
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,11 +1,47 @@
-"""Text for terminals: nothing that is printed can steer them, brackets in names and paths are no markup."""
+"""Text for terminals: nothing that is printed can steer them, brackets in names and paths are no markup.
+
+What is secret is recognised here too, wherever a configuration or a command is shown.
+"""
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+SECRET = re.compile(r"(token|secret|passw(or)?d|api_?key|credential)", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def prepare_environment() -> None:
+    """Make any terminal and any environment do: letters that it can't show are replaced, a notebook's pictures aren't.
+
+    `MPLBACKEND=module://...` is inherited from a notebook, whose package another environment may lack.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if os.environ.get("MPLBACKEND", "").startswith("module://"):
+        del os.environ["MPLBACKEND"]
+
+
+def is_secret(key: str) -> bool:
+    """Whether a setting of this name, such as `logger.api_key`, is nobody else's business."""
+    return SECRET.search(key.rpartition(".")[2]) is not None
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """Nested plain values, those under secret names hidden."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item, key) for item in value]
+    return HIDDEN if value not in (None, "") and is_secret(key) else value
 
 
 def printable(text: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import pytest
 from hydra.types import RunMode
 
 from wdat.cli import sweep
-from wdat.cli.place import Place
 from wdat.cli.sweep import Sweep
 from wdat.errors import RunError, SettingError, Stopped
 
@@ -22,22 +22,25 @@ def place(monkeypatch):
         job, overrides = SimpleNamespace(num=number), SimpleNamespace(task=["data=digits", f"seed={number}"])
         hydra = SimpleNamespace(mode=mode, job=job, overrides=overrides)
         monkeypatch.setattr(sweep, "HydraConfig", SimpleNamespace(get=lambda: hydra))
-        monkeypatch.setattr(sweep, "outside", lambda: started)
+        monkeypatch.setattr(sweep, "cluster", lambda: started)
 
     return make
 
 
 def run(jobs, error=None):
-    with jobs.job():
+    def work():
         if error:
             raise error
+        return 0.5
+
+    return jobs.job(work)
 
 
 def test_jobs_that_fail_are_listed_and_the_others_go_on(place, capsys):
     jobs = Sweep()
     for number, error in enumerate([None, SettingError("seed=1 is bad"), KeyError("a defect"), RunError("no room")]):
         place(number=number)
-        run(jobs, error)
+        assert run(jobs, error) == (0.5 if error is None else pytest.approx(math.nan, nan_ok=True))
     with pytest.raises(SystemExit) as left:
         jobs.end()
     assert left.value.code == 1
@@ -66,7 +69,7 @@ def test_a_stop_ends_a_sweep(place, stop):
 
 def test_elsewhere_an_error_passes(place, monkeypatch):
     error, jobs = SettingError("x"), Sweep()
-    for given in ({"mode": RunMode.RUN}, {"started": Place(0, 2, starter="torchrun")}):
+    for given in ({"mode": RunMode.RUN}, {"started": SimpleNamespace(world_size=lambda: 2)}):
         place(**given)
         with pytest.raises(SettingError):
             run(jobs, error)

@@ -331,7 +331,7 @@ def refused(*arguments):
     assert result.status == 2, result.err[-600:]
     assert result.err.startswith("error: ")
     assert result.err.count("\n") <= 2
-    assert not Path("run/records.json").exists(), "noticed before any work"
+    assert not Path("run").exists(), "noticed before any work"
     return result.err
 
 

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from process_runner import ROOT, alike, run_together
+from process_runner import ROOT, TORCHRUN, alike, end, start
 from script_runner import run_script
 
 from wdat.records import read
 
 SCRIPT = ROOT / "evaluate.py"
 QUICK = [
-    "data=digits", "model=small_cnn", "device=cpu", "data.limit_test=41", "data.limit_val=30", "threat.delta=0.02",
+    "data=digits", "model=small_cnn", "trainer.accelerator=cpu", "data.limit_test=301", "data.limit_val=30",
     "attack_options.pgd.steps=2", "attack_options.wpgd.steps=3", "attack_options.knapsack.steps=3",
-    "attack_options.knapsack.starts=2", "attack_options.knapsack.targets=1", "batch_size=16", "process_timeout=50",
+    "attack_options.knapsack.starts=2", "attack_options.knapsack.targets=1", "batch_size=64", "threat.delta=0.02",
 ]  # fmt: skip
+ONE, TWO = "trainer.devices=1", "trainer.devices=2"
 WHOLE = [*QUICK, "save_distances=true", "deltas=[0.01,0.02]", "certified=radii.npy"]
-FILES = {"records.json", "report.html", "curve.png", "nearest_linf.pt", "distances_linf.npz", "evaluate.log"}
+FILES = {"records.json", "report.html", "curve.png", "nearest_linf.pt", "distances_linf.npz"}
 
 alone = partial(run_script, SCRIPT)
+by_two = partial(start, SCRIPT, TWO)
+torchrun = partial(start, *TORCHRUN, SCRIPT, TWO)
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.slow
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    np.save("radii.npy", np.linspace(0, 0.01, 41))
+    np.save("radii.npy", np.linspace(0, 0.01, 301))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +49,8 @@ def single(tmp_path_factory):
     folder, here = tmp_path_factory.mktemp("single"), Path.cwd()
     os.chdir(folder)
     try:
-        np.save("radii.npy", np.linspace(0, 0.01, 41))
-        result = alone(*WHOLE, "hydra.run.dir=run")
+        np.save("radii.npy", np.linspace(0, 0.01, 301))
+        result = alone(*WHOLE, ONE, "hydra.run.dir=run")
     finally:
         os.chdir(here)
     assert result.status == 0, result.err
@@ -71,27 +74,26 @@ def same_folder(one, two):
     assert [passes for passes, _ in a["effort"]] == [passes for passes, _ in b["effort"]]
 
 
-def test_torchrun_gives_the_folder_of_one_process(single, tmp_path):
+@pytest.mark.parametrize("starter", [by_two, torchrun], ids=["lightning", "torchrun"])
+def test_two_processes_give_the_folder_of_one(single, tmp_path, starter):
     """Without hydra.run.dir, whose default holds the time: the first process chooses the folder for both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), *WHOLE]
-    about = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=about, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.count("41 test images of digits on 2 processes (cpu)") == 1
-    assert done.stdout.count("knapsack ≤") == 2
+    done = starter(*WHOLE, folder=tmp_path)
+    assert done.status == 0, done.err[-3000:]
+    assert "Warning" not in done.err
+    assert "Traceback" not in done.err
+    assert done.out.count("301 test images of digits on 2 processes (cpu)") == 1
+    assert done.out.count("knapsack ≤") == 2
     (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("records.json")]
     assert len(list((tmp_path / "outputs").rglob(".hydra"))) == 1
     same_folder(single, folder)
 
 
-def test_one_process_may_go_on_from_two_and_two_from_one(single, tmp_path, monkeypatch):
-    """What was found is kept: neither records nor nearest flips are computed again."""
+def test_one_process_may_resume_the_run_of_two_and_two_that_of_one(single, tmp_path):
+    """What was found is kept: neither records nor nearest adversarial points are computed again."""
     few = [*QUICK, "attacks=[knapsack]", "losses=[ce]", "deltas=[0.01]"]
     rest = ["attacks=[pgd,wpgd,knapsack]", "losses=[ce,redlr]", *WHOLE[len(QUICK) :]]
-    assert [p.status for p in run_together(tmp_path, SCRIPT, *few, "hydra.run.dir=by_two")] == [0, 0]
-    assert alone(*few, "hydra.run.dir=by_one").status == 0
+    assert by_two(*few, "hydra.run.dir=by_two", folder=tmp_path).status == 0
+    assert alone(*few, ONE, "hydra.run.dir=by_one").status == 0
     kept = {}
     for name in ("by_two", "by_one"):
         folder = tmp_path / name
@@ -99,23 +101,14 @@ def test_one_process_may_go_on_from_two_and_two_from_one(single, tmp_path, monke
         kept[name] = (records, (folder / "nearest_linf.pt").stat().st_mtime_ns)
     assert len(kept["by_one"][0]) == len(kept["by_two"][0]) == 2
 
-    assert alone("resume=by_two", *rest).status == 0
-    found = run_together(tmp_path, SCRIPT, "resume=by_one", *rest)
-    assert [p.status for p in found] == [0, 0], found[0].err
+    assert alone("resume=by_two", ONE, *rest).status == 0
+    found = by_two("resume=by_one", *rest, folder=tmp_path)
+    assert found.status == 0, found.err
     for name, (records, written) in kept.items():
         folder = tmp_path / name
         assert json.loads((folder / "records.json").read_text())[:2] == records
         assert (folder / "nearest_linf.pt").stat().st_mtime_ns == written
-        alike(sorted(map(json.dumps, plain(folder))), sorted(map(json.dumps, plain(folder))), rel=0)
-        assert {str(about(r)) for r in read(folder / "records.json")} == {
-            str(about(r)) for r in read(single / "records.json")
-        }
-    alike(by_kind(tmp_path / "by_two"), by_kind(tmp_path / "by_one"), rel=1e-5)
-    alike(by_kind(tmp_path / "by_two"), by_kind(single), rel=1e-5)
-
-
-def about(record):
-    return (record.attack, record.loss, record.p, round(record.delta, 9))
+        alike(by_kind(folder), by_kind(single), rel=1e-5)
 
 
 def by_kind(folder):
@@ -124,69 +117,56 @@ def by_kind(folder):
 
 def test_fewer_images_than_processes(tmp_path):
     """One image: the second process has none."""
-    found = run_together(tmp_path, SCRIPT, *QUICK, "losses=[ce]", "data.limit_test=1", "hydra.run.dir=two")
-    assert [(p.status, p.err) for p in found] == [(0, ""), (0, "")]
-    assert found[1].out == ""
-    assert alone(*QUICK, "losses=[ce]", "data.limit_test=1", "hydra.run.dir=one").status == 0
+    few = [*QUICK, "losses=[ce]", "data.limit_test=1"]
+    found = by_two(*few, "hydra.run.dir=two", folder=tmp_path)
+    assert (found.status, found.err) == (0, "")
+    assert alone(*few, ONE, "hydra.run.dir=one").status == 0
     alike(plain(tmp_path / "one"), plain(tmp_path / "two"), rel=1e-5)
     assert {r.n for r in read(tmp_path / "two" / "records.json")} == {1}
 
 
 def test_a_sweep_runs_each_job_once_on_all_processes(tmp_path):
-    jobs = ["attacks=[fgsm]", "losses=[ce]", "seed=0,1", "hydra.sweep.dir=sweep"]
-    found = run_together(tmp_path, SCRIPT, "-m", *QUICK, *jobs)
-    assert [p.status for p in found] == [0, 0], found[0].err
-    assert found[1].out == ""
-    records = [read(tmp_path / "sweep" / str(job) / "records.json") for job in (0, 1)]
+    found = torchrun("-m", *QUICK, "attacks=[fgsm]", "losses=[ce]", "seed=0,1", "split=val", folder=tmp_path)
+    assert found.status == 0, found.err
+    assert found.out.count("30 val images of digits on 2 processes (cpu)") == 2
+    (sweep,) = {file.parents[1] for file in tmp_path.rglob("records.json")}
+    records = [read(sweep / str(job) / "records.json") for job in (0, 1)]
     assert [[r.seed for r in job] for job in records] == [[0, 0], [1, 1]]
 
 
-def refused(found: list[SimpleNamespace], status: int = 2) -> str:
-    """What the first process says of an error; the other one is silent."""
-    first, second = found
-    assert (first.status, second.status) == (status, status), first.err + second.err
-    assert (second.out, second.err) == ("", "")
-    assert "Traceback" not in first.err
-    return first.err
+@pytest.mark.parametrize(
+    ("starter", "override", "words"),
+    [
+        (by_two, "certified=missing.npy", ["certified=missing.npy"]),
+        (torchrun, "certified=missing.npy", ["certified=missing.npy"]),
+        (torchrun, "attacks=[wpgdd]", ["wpgdd", "wpgd"]),
+    ],
+    ids=["lightning", "torchrun", "torchrun, the first alone"],
+)
+def test_an_error_is_told_once_and_leaves_nothing(tmp_path, starter, override, words):
+    """By all of them together, or by each of them for itself."""
+    found = starter(*QUICK, override, "hydra.run.dir=run", folder=tmp_path)
+    assert found.status != 0
+    assert found.err.count("error: ") == 1
+    assert all(word in found.err for word in words)
+    if starter is by_two:  # torchrun says much of its own
+        assert (found.status, found.err.count("\n")) == (2, 1)
+    assert [f.name for f in tmp_path.iterdir()] == ["radii.npy"]
 
 
-BAD = {
-    "attacks=[wpgdd]": ["wpgdd", "wpgd"],
-    "device=cuda:0": ["device=cuda:0", "auto or cpu"],
-    "model.checkpoint=missing.pt": ["model.checkpoint", "missing.pt"],
-    "certified=missing.npy": ["certified=missing.npy"],
-}
-
-
-@pytest.mark.parametrize("override", BAD)
-def test_bad_settings_are_said_once(tmp_path, override):
-    message = refused(run_together(tmp_path, SCRIPT, *QUICK, override, "hydra.run.dir=run"))
-    assert message.startswith("error: ")
-    assert message.count("\n") <= 2
-    for word in BAD[override]:
-        assert word in message
-    assert not (tmp_path / "run" / "records.json").exists()
-
-
-def test_what_only_the_first_process_can_know_ends_both(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "records.json").write_text("[{")
-    message = refused(run_together(tmp_path, SCRIPT, *QUICK, "hydra.run.dir=run"))
-    assert "hydra.run.dir=run holds an evaluation: go on with resume=run" in message.replace(f"{tmp_path}/", "")
-    (tmp_path / "run" / ".hydra").mkdir(exist_ok=True)
-    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(json.dumps(QUICK))
-    message = refused(run_together(tmp_path, SCRIPT, "resume=run"))
-    assert "records.json isn't a list of records" in message
-    shutil.rmtree(tmp_path / "run")
-    message = refused(run_together(tmp_path, SCRIPT, *QUICK, "resume=nowhere"))
-    assert "resume=nowhere" in message
-    message = refused(run_together(tmp_path, SCRIPT, "data=nothing"), status=1)
-    assert "data/nothing" in message
-
-
-def test_an_incomplete_environment_is_named(tmp_path):
-    first, second = run_together(tmp_path, SCRIPT, *QUICK, MASTER_PORT="")
-    for process in (first, second):
-        assert process.status == 2
-        assert "MASTER_PORT is not set" in process.err
-        assert "torchrun" in process.err
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_at_once_and_keeps_what_is_recorded(tmp_path, number):
+    command = [sys.executable, str(SCRIPT), *QUICK, TWO, "attack_options.wpgd.steps=100000", "hydra.run.dir=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while len(read(tmp_path / "run" / "records.json")) < 4 and time.monotonic() < until:
+            time.sleep(0.2)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    finally:
+        end(process)
+    assert process.returncode == 128 + number
+    assert said == f"stopped by {number.name}; resume with resume={tmp_path / 'run'}\n"
+    assert [r.attack for r in read(tmp_path / "run" / "records.json")] == ["none", "none", "pgd", "pgd"]

@@ -243,7 +243,7 @@ def test_a_real_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert trained.status == 0, trained.err
     evaluated = run_script(
         ROOT / "evaluate.py", *few, "model.checkpoint=run/checkpoints/best.ckpt", "attacks=[knapsack]", "deltas=[0.1]",
-        "losses=[ce]", "device=cpu", "hydra.run.dir=evaluation",
+        "losses=[ce]", "trainer.accelerator=cpu", "hydra.run.dir=evaluation",
     )  # fmt: skip
     assert evaluated.status == 0, evaluated.err
     done = export(Path("run"), evaluations=[Path("evaluation")])

@@ -45,8 +45,8 @@ def test_an_evaluation_of_hostile_names_keeps_its_folder_and_its_secrets(tmp_pat
     assert str(folder / "report.html") in result.out
     assert hostile_images.stem in result.out
     Page((folder / "report.html").read_text(encoding="utf-8")).check()
-    known = {"records.json", "report.html", "curve.png", "evaluate.log", "nearest_linf.pt", "distances_linf.npz"}
-    hydra = {".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml"}
+    known = {"records.json", "report.html", "curve.png", "nearest_linf.pt", "distances_linf.npz"}
+    hydra = {f".hydra/{name}" for name in ("config.yaml", "overrides.yaml", "hydra.yaml", "signature")}
     assert set(contents(folder)) == known | hydra
     assert {p.name for p in tmp_path.iterdir()} == {"here", "a[", hostile_images.name}
     assert not list(Path.cwd().iterdir())

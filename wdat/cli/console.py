@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from wdat.cli.launch import rank
 from wdat.errors import RunError, SettingError, Stopped, cause
 from wdat.records import Record
 from wdat.terminal import printable
 
 LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+GRACE = 10.0  # seconds
 MEANT = (SettingError, RunError, MissingMandatoryValue)  # errors that speak to the user
 
 
@@ -28,15 +31,19 @@ MEANT = (SettingError, RunError, MissingMandatoryValue)  # errors that speak to 
 def readable_errors() -> Iterator[None]:
     """Print what was meant for the user in a line or two, whatever it was wrapped in on its way, and leave.
 
-    The status is 2 after a `SettingError`, 1 after a `RunError`, and 128 and the signal's number after a stop.
+    The status is 2 after a `SettingError`, 1 after a `RunError`, and 128 and the signal's number after a stop. Of
+    several processes, those after the first are silent about a stop, and tell of an error only if the first one stays.
     """
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else int(signal.SIGINT)
-        Console(stderr=True, soft_wrap=True).print(Text(str(stop) or "stopped"))
+        if rank() == 0:
+            Console(stderr=True, soft_wrap=True).print(Text(str(stop) or "stopped"))
         sys.exit(128 + number)
     except Exception as error:
+        if rank() > 0:
+            time.sleep(GRACE)  # whoever has started the processes ends this one when the first one has left
         status = complain(error)
         if status is None:
             raise
@@ -48,7 +55,8 @@ def complain(error: Exception) -> int | None:
     message = _message(error)
     if message is None:
         return None
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(message)))
+    who = f"process {rank()}: " if rank() else ""
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", printable(who + message)))
     return 1 if isinstance(cause(error, *MEANT), RunError) else 2
 
 
@@ -159,6 +167,8 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 def quiet_libraries() -> None:
     """Silence what libraries say about things that this project chose on purpose."""
+    import lightning.pytorch  # noqa: F401  # its import sets the levels
+
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger(LAUNCHER).setLevel(logging.INFO)  # says why it ends all processes

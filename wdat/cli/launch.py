@@ -1,7 +1,7 @@
 """The processes of one run: what they agree on, and what can't work.
 
-Lightning starts them itself (`trainer.devices=2`), or they are started from outside: by torchrun, by SLURM's `srun`, or
-by submitit as the jobs of a sweep.
+Lightning starts them itself (`trainer.devices=2`), or joins those that torchrun, SLURM's `srun`, or submitit (as the
+jobs of a sweep) have started.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
-import torch.distributed as dist
-from hydra.conf import HydraConf
 from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 
-from wdat.cli.place import Place, outside
+from wdat.cli.arguments import CommandLine
 from wdat.errors import SettingError
+
+if TYPE_CHECKING:  # this module is read before anything is known to run, so Lightning is imported where it is used
+    from hydra.conf import HydraConf
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from omegaconf import DictConfig
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "single_device")
 CLASSES = ("DDPStrategy", "SingleDeviceStrategy")
@@ -36,90 +35,100 @@ FIRST_PORT, PORTS = 10_000, 20_000  # below the ports that systems give away on 
 PATIENCE = timedelta(minutes=5)
 STARTER = "WDAT_STARTED_BY"  # an environment variable: the process that Lightning starts others from
 DRIVER = Path("/proc/driver/nvidia")
+LAUNCHED = "hydra.job.name=train_ddp_process_"  # with which Lightning marks the processes that it starts
 
 
-def agreed(arguments: Sequence[str], prepare: Callable[[Sequence[str]], list[str]]) -> list[str]:
+def rank() -> int:
+    """This process's number as its starter has told it in the environment; 0 for the first, or where it is alone."""
+    return max(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"))
+
+
+def cluster() -> ClusterEnvironment | None:
+    """What has started this process: torchrun or SLURM; None for a user, or for Lightning on the user's word.
+
+    Raises:
+        SettingError: If SLURM's variables don't fit together.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"} & set(os.environ):
+        return None
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    try:
+        return next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    except RuntimeError as error:
+        raise SettingError(str(error)) from error
+
+
+def agreed(line: CommandLine, prepare: Callable[[CommandLine, str], CommandLine]) -> CommandLine:
     """The command line that all processes of a run share: prepared once, with one folder.
 
     Processes that are started from outside each compose the configuration, and the time in the folder's name would
-    differ between them. Only the first one writes the composed configuration and the log of the job.
+    differ between them.
 
     Args:
-        arguments: Overrides as typed.
-        prepare: What is made of them, such as `wdat.cli.resume.resumed_arguments`.
+        line: As typed.
+        prepare: What is made of it by the first process. Its second argument is the name of a folder that must not
+            depend on the time; empty where it may.
 
     Returns:
-        The prepared arguments; unchanged in the processes that Lightning has started from prepared ones.
+        The prepared line; unchanged in the processes that Lightning has started from a prepared one.
 
     Raises:
         SettingError: If the processes can't agree on a folder; whatever `prepare` raises, on the first process.
     """
-    if any(a.startswith("hydra.job.name=train_ddp_process_") for a in arguments):  # Lightning's mark
-        return list(arguments)
-    place = outside()
-    if place is None or place.world == 1:
-        return prepare(arguments)
-    if place.starter == "torchrun":
-        found = _from_the_first(place, lambda: _with_folder(prepare(arguments), time.strftime("%Y-%m-%d/%H-%M-%S")))
-    else:
-        job, step = (os.environ.get(f"SLURM_{name}_ID", "0") for name in ("JOB", "STEP"))
-        found = _with_folder(prepare(arguments), f"slurm-{job}.{step}")
-    return found if place.rank == 0 else [*found, "hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    if any(o.startswith(LAUNCHED) for o in line.overrides):
+        return line
+    environment = cluster()
+    if environment is None or environment.world_size() == 1:
+        return prepare(line, "")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _from_the_first(lambda: prepare(line, ""))
+    job, step = (os.environ.get(f"SLURM_{name}_ID", "0") for name in ("JOB", "STEP"))
+    return prepare(line, f"slurm-{job}.{step}")
 
 
-def _with_folder(arguments: list[str], name: str) -> list[str]:
-    """The arguments with a folder that doesn't depend on the time at which a process composes them."""
-    sweep = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
-    key, parent = ("hydra.sweep.dir", "multirun") if sweep else ("hydra.run.dir", "outputs")
-    asked = [a for a in arguments if a.lstrip("+").startswith(f"{key}=")]
-    if not asked:
-        return [*arguments, f"{key}={parent}/{name}"]
-    if "${now" in asked[-1]:
-        raise SettingError(f"{asked[-1]}: every process would fill in its own time; name a folder, or leave {key} out")
-    return arguments
-
-
-def _from_the_first(place: Place, decide: Callable[[], list[str]]) -> list[str]:
+def _from_the_first(decide: Callable[[], CommandLine]) -> CommandLine:
     """What the first of torchrun's processes decides, through the store by which they will find each other."""
+    import torch.distributed as dist
+
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise SettingError("torchrun keeps no store here: use --standalone or --rdzv_backend=c10d")
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=PATIENCE)  # type: ignore[attr-defined]
     key = f"wdat/arguments/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if place.rank == 0:
+    if rank() == 0:
         try:
             found = decide()
         except BaseException:
             store.set(key, "null")
             raise
-        store.set(key, json.dumps(found))
+        store.set(key, json.dumps(found.words))
         return found
     told: list[str] | None = json.loads(store.get(key))
     if told is None:
         sys.exit(2)  # the first process says why
-    return told
+    return CommandLine.parse(told)
 
 
 def join_group() -> None:
-    """Take this process's place among the tasks of a job of submitit on one machine, in Lightning's words.
+    """Tell Lightning of the tasks of a job of submitit on one machine, in torchrun's words; SLURM's it knows.
 
-    On SLURM Lightning reads the place itself. A process that Lightning has started ends with the one that started it.
+    A process that Lightning has started ends with the one that started it.
     """
-    place = outside()
-    if place is None and int(os.environ.get("LOCAL_RANK", 0)) > 0 and STARTER in os.environ:
-        end_with(int(os.environ[STARTER]))
-    elif place is None:
-        os.environ[STARTER] = str(os.getpid())  # for those that Lightning will start from here
-    if place is None or place.starter != "submitit" or place.world == 1:
-        return
-    port = FIRST_PORT + int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) % PORTS  # the id is that of the job's process
-    os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), NODE_RANK="0",
-        WORLD_SIZE=str(place.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    os.environ.pop("SLURM_NTASKS", None)  # of the allocation in which the sweep may run: not these processes
-    rank_zero_only.rank = place.rank  # type: ignore[attr-defined]
+    env = os.environ
+    if env.get("SUBMITIT_EXECUTOR") == "local":
+        world, local = env["SUBMITIT_LOCAL_NTASKS"], env["SUBMITIT_LOCAL_LOCALID"]
+        port = FIRST_PORT + int(env["SUBMITIT_LOCAL_JOB_ID"]) % PORTS  # the id is that of the job's process
+        env.update(
+            TORCHELASTIC_RUN_ID="submitit", RANK=env["SUBMITIT_LOCAL_GLOBALID"], LOCAL_RANK=local, WORLD_SIZE=world,
+            LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    elif cluster() is None and rank() > 0 and STARTER in env:
+        end_with(int(env[STARTER]))
+    elif cluster() is None:
+        env[STARTER] = str(os.getpid())  # for those that Lightning will start from here
 
 
 def end_with(starter: int, seconds: float = 1.0) -> None:
@@ -147,8 +156,7 @@ def check_launch(trainer: DictConfig, hydra: HydraConf) -> None:
 
     Raises:
         SettingError: If the strategy can't be used, the devices aren't there, the processes that were started are not
-            those that the settings ask for, or Lightning would start processes that repeat a sweep or don't find the
-            folder.
+            those that the settings ask for, or Lightning would start processes that repeat a sweep.
     """
     _check_strategy(trainer.strategy)
     devices, nodes = device_count(trainer.accelerator, trainer.devices), trainer.num_nodes
@@ -157,30 +165,19 @@ def check_launch(trainer: DictConfig, hydra: HydraConf) -> None:
             f"trainer.strategy=single_device uses one of {devices * nodes} devices: trainer.strategy=ddp"
         )
     asked = f"trainer.devices={trainer.devices}" + (f" trainer.num_nodes={nodes}" if nodes != 1 else "")
-    place = outside()
-    if place is not None:
-        _check_started(place, asked, devices, nodes)
-        if place.starter == "submitit" and trainer.accelerator == "auto" and _hidden_devices():
-            raise SettingError(
-                f"submitit shows no GPU to its jobs: add hydra.launcher.gpus_per_node={devices}, or "
-                "trainer.accelerator=cpu"
-            )
-    elif devices * nodes > 1 and hydra.mode == RunMode.MULTIRUN:
+    environment = cluster()
+    if environment is not None:
+        _check_started(environment, asked, devices, nodes)
+    if "SUBMITIT_EXECUTOR" in os.environ and trainer.accelerator == "auto" and _hidden_devices():
+        raise SettingError(
+            f"submitit shows no GPU to its jobs: add hydra.launcher.gpus_per_node={devices}, or trainer.accelerator=cpu"
+        )
+    if environment is None and devices * nodes > 1 and hydra.mode == RunMode.MULTIRUN:
         raise SettingError(
             f"{asked} in a sweep: each process that Lightning starts would run the whole sweep. Use "
             f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={devices} (or submitit_slurm), start the "
             "sweep with torchrun, or set trainer.devices=1"
         )
-    elif nodes > 1 and not _folder_is_named(hydra):
-        raise SettingError(
-            f"{asked}: every node would choose a folder for itself; start with torchrun, or name one for all with "
-            "hydra.run.dir=FOLDER"
-        )
-
-
-def _folder_is_named(hydra: HydraConf) -> bool:
-    overrides: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
-    return any(a.startswith("hydra.run.dir=") and "${now" not in a for a in overrides)
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -203,6 +200,9 @@ def device_count(accelerator: str, devices: Any) -> int:
     Raises:
         SettingError: If they aren't there.
     """
+    import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -215,18 +215,19 @@ def device_count(accelerator: str, devices: Any) -> int:
     return trainer.num_devices
 
 
-def _check_started(place: Place, asked: str, devices: int, nodes: int) -> None:
-    if (place.world, place.nodes) == (devices * nodes, nodes):
+def _check_started(environment: ClusterEnvironment, asked: str, devices: int, nodes: int) -> None:
+    env, world = os.environ, environment.world_size()
+    started = world // int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else int(env.get("SLURM_NNODES", 1))
+    if (world, started) == (devices * nodes, nodes):
         return
-    wanted = f"trainer.devices={place.world // place.nodes} trainer.num_nodes={place.nodes}"
-    other = {
-        "torchrun": f"torchrun --nproc_per_node={devices}",
-        "submitit": f"hydra.launcher.tasks_per_node={devices}",
-        "SLURM": f"srun with --ntasks-per-node={devices}",
-    }[place.starter]
+    starter, other = "SLURM", f"srun with --ntasks-per-node={devices}"
+    if "SUBMITIT_EXECUTOR" in env:
+        starter, other = "submitit", f"hydra.launcher.tasks_per_node={devices}"
+    elif "TORCHELASTIC_RUN_ID" in env:
+        starter, other = "torchrun", f"torchrun --nproc_per_node={devices}"
     raise SettingError(
-        f"{asked}, but {place.starter} has started {place.world} processes on {place.nodes} machines: set {wanted}, or "
-        f"use {other}"
+        f"{asked}, but {starter} has started {world} processes on {started} machines: set "
+        f"trainer.devices={world // started} trainer.num_nodes={started}, or use {other}"
     )
 
 

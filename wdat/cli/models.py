@@ -1,7 +1,7 @@
 """The zoo on the command line: what there is, and how a trained network leaves.
 
-python -m wdat.cli.models [list] [NAME] [--dataset cifar10] [--threat Linf] [--format table|tsv|json]
-python -m wdat.cli.models export RUN_DIR [--out DIR] [--records DIR ...]
+wdat models [list] [NAME] [--dataset cifar10] [--threat Linf] [--format table|tsv|json]
+wdat models export RUN_DIR [--out DIR] [--records DIR ...]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMANDS = ("list", "export")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m wdat.cli.models",
+        prog="wdat models",
         description="RobustBench's networks, and the export of trained ones. Without a command: list.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

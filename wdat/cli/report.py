@@ -1,4 +1,4 @@
-"""Writes the report of runs anew: python -m wdat.cli.report RUN_DIR..."""
+"""Writes the report of runs anew: wdat report RUN_DIR..."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wdat.reporting.report import write_report
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of each run folder that is named."""
-    parser = argparse.ArgumentParser(prog="python -m wdat.reporting.report", description="Reports of runs as HTML.")
+    parser = argparse.ArgumentParser(prog="wdat report", description="Reports of runs as HTML.")
     parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders that hold records.json")
     for folder in parser.parse_args(arguments).runs:
         records = read(folder / "records.json")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from wdat.cli.console import complain
-from wdat.cli.place import outside
+from wdat.cli.launch import cluster
 
 
 class Sweep:
@@ -27,22 +27,26 @@ class Sweep:
         self._jobs = 0
         self._failed: dict[str, int] = {}  # a line on each job, with the status that it would have left with
 
-    @contextmanager
-    def job(self) -> Iterator[None]:
-        """Tell of an error of a job and go on with the next; to be entered within Hydra."""
+    def job(self, work: Callable[[], float | None]) -> float | None:
+        """Do the work of a job within Hydra; tell of its error and go on with the next.
+
+        Returns:
+            The figure of the job; NaN where it failed, so that a sweeper that optimises counts it as failed.
+        """
         hydra = HydraConfig.get()
-        together = (place := outside()) is not None and place.world > 1
+        environment = cluster()
+        together = environment is not None and environment.world_size() > 1
         if hydra.mode != RunMode.MULTIRUN or together or os.getpid() != self._process:
-            yield
-            return
+            return work()
         self._jobs += 1
         try:
-            yield
+            return work()
         except Exception as error:
             status = complain(error)
             if status is None:
                 traceback.print_exception(error)
             self._failed[f"  #{hydra.job.num} {' '.join(hydra.overrides.task)}"] = status or 1
+            return math.nan
 
     def end(self) -> None:
         """List the jobs that failed, if there are any, and leave: with status 2 if settings were at fault in all."""

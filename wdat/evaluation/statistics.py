@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from scipy.stats import binom
-
 
 def bootstrap_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval over images of an accuracy whose outcomes are fixed.
@@ -23,6 +21,8 @@ def bootstrap_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, f
         >>> bootstrap_interval(50, 100)
         (0.4, 0.6)
     """
+    from scipy.stats import binom  # slow to import
+
     tail = (1 - level) / 2
     low, high = binom.ppf([tail, 1 - tail], n, hits / n)
     return float(low) / n, float(high) / n

@@ -14,7 +14,11 @@ def place(monkeypatch):
     """`place(**variables)`: the environment of a process, which is nobody's at first and as it was at last."""
     old = dict(os.environ)
     for name in list(os.environ):
-        if name.startswith(("TORCHELASTIC", "SUBMITIT", "SLURM")) or name in (*TORCHRUN, "NODE_RANK"):
+        if name.startswith(("TORCHELASTIC", "SUBMITIT", "SLURM")) or name in (
+            *TORCHRUN,
+            "NODE_RANK",
+            "WDAT_STARTED_BY",
+        ):
             del os.environ[name]
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     yield os.environ.update

@@ -9,15 +9,21 @@ import pytest
 import torch.distributed as dist
 from starters import SLURM, TORCHRUN
 
-from wdat.cli.launch import agreed
+from wdat.cli import launch
+from wdat.cli.app import _prepared
+from wdat.cli.arguments import CommandLine
 from wdat.errors import SettingError
 
 
-def prepared(arguments):
-    return [*arguments, "prepared=1"]
+def agreed(words, prepare):
+    return launch.agreed(CommandLine.parse(words), prepare).words
 
 
-def no_preparation(arguments):
+def prepared(line, name):
+    return line.add("prepared=1", *([f"name={name}"] if name else []))
+
+
+def no_preparation(line, name):
     raise AssertionError("prepared twice")
 
 
@@ -33,24 +39,29 @@ def test_what_lightning_starts_has_prepared_arguments(place):
     assert agreed(given, no_preparation) == given
 
 
-QUIET = ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-
-
-def test_processes_of_slurm_agree_by_the_number_of_the_job(place):
+def test_processes_of_slurm_agree_by_the_number_of_the_job(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     place(SLURM)
-    assert agreed(["seed=1"], prepared) == ["seed=1", "prepared=1", "hydra.run.dir=outputs/slurm-77.1"]
-    assert agreed(["-m", "seed=1,2"], prepared)[-1] == "hydra.sweep.dir=multirun/slurm-77.1"
-    named = agreed(["hydra.run.dir=here"], prepared)
-    assert named == ["hydra.run.dir=here", "prepared=1"]
-    place(SLURM_PROCID="3")
-    assert agreed(["hydra.run.dir=here"], prepared) == [*named, *QUIET]
+    assert agreed(["seed=1"], prepared) == ["seed=1", "prepared=1", "name=slurm-77.1"]
+    for number in ("0", "3"):
+        place(SLURM_PROCID=number)
+        for words, folder in (
+            (["data=digits"], "hydra.run.dir='outputs/slurm-77.1'"),
+            (["-m", "seed=1,2"], "hydra.sweep.dir='multirun/slurm-77.1'"),
+            (["hydra.run.dir=a/b_${now:%H}/c"], "hydra.run.dir='a/slurm-77.1'"),
+            (["hydra.run.dir=here"], "hydra.run.dir='here'"),
+        ):
+            line, made = _prepared(CommandLine.parse(words), "train", "slurm-77.1")
+            assert line.overrides[-1] == folder
+            assert number == "0" or made == []
 
 
-@pytest.mark.parametrize("given", [["hydra.run.dir=a/${now:%H}"], ["--multirun", "++hydra.sweep.dir='${now:%H}'"]])
-def test_a_folder_named_after_the_time_is_refused(place, given):
-    place(SLURM)
-    with pytest.raises(SettingError, match=r"hydra\.(run|sweep)\.dir=.*its own time.*name a folder"):
-        agreed(given, prepared)
+def test_nodes_that_lightning_starts_need_a_folder_by_name(place):
+    line = CommandLine.parse(["trainer.num_nodes=2"])
+    with pytest.raises(SettingError, match=r"trainer\.num_nodes=2.*torchrun.*hydra\.run\.dir=FOLDER"):
+        _prepared(line, "train", "")
+    place(NODE_RANK="1")
+    assert _prepared(line.add("hydra.run.dir=here"), "train", "")[1] == []
 
 
 def test_torchrun_without_a_store_is_refused(place):
@@ -66,13 +77,12 @@ def store(place):
     return found
 
 
-def test_the_first_of_torchruns_processes_decides_for_all(place, store, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda form: "2001-02-03/04-05-06")
-    place(RANK="0")
-    first = agreed(["typed=1"], prepared)
-    assert first == ["typed=1", "prepared=1", "hydra.run.dir=outputs/2001-02-03/04-05-06"]
-    place(RANK="3")
-    assert agreed(["typed=1"], no_preparation) == [*first, *QUIET]
+def test_the_first_of_torchruns_processes_decides_for_all(place, store):
+    place(RANK="0", LOCAL_RANK="0")
+    first = agreed(["typed=1", "-cn", "mine"], prepared)
+    assert first == ["--config-name", "mine", "typed=1", "prepared=1"]
+    place(RANK="3", LOCAL_RANK="1")
+    assert agreed(["typed=1"], no_preparation) == first
 
 
 def test_the_others_wait_for_the_first_of_torchruns_processes(place, store):
@@ -81,17 +91,17 @@ def test_the_others_wait_for_the_first_of_torchruns_processes(place, store):
     second.start()
     time.sleep(0.3)
     assert not found
-    place(RANK="0")
+    place(RANK="0", LOCAL_RANK="0")
     agreed(["hydra.run.dir=here"], prepared)
     second.join(20)
-    assert found == [["hydra.run.dir=here", "prepared=1", *QUIET]]
+    assert found == [["hydra.run.dir=here", "prepared=1"]]
 
 
 def test_where_the_first_of_torchruns_processes_fails_the_others_leave(place, store):
-    def fail(arguments):
+    def fail(line, name):
         raise SettingError("resume=x is not the folder of a run")
 
-    place(RANK="0")
+    place(RANK="0", LOCAL_RANK="0")
     with pytest.raises(SettingError, match="resume=x"):
         agreed(["resume=x"], fail)
     place(RANK="1")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from starters import ROOT, SLURM, SUBMITIT, TORCHRUN
 
 from wdat.cli import launch
-from wdat.cli.launch import check_launch, one_at_a_time
+from wdat.cli.launch import check_launch, join_group, one_at_a_time
 from wdat.errors import SettingError
 
 
@@ -99,6 +99,7 @@ def test_a_sweep_in_which_lightning_starts_processes_is_refused(gpus, changes):
 )
 def test_a_sweep_in_which_others_started_the_processes_may_run(place, variables, nodes):
     place(variables)
+    join_group()
     check_launch(settings(devices=2, num_nodes=nodes), SWEEP)
 
 
@@ -115,21 +116,16 @@ def test_a_sweep_in_which_others_started_the_processes_may_run(place, variables,
 )
 def test_processes_that_are_not_those_asked_for_are_refused(place, variables, changes, remedies):
     place(variables)
+    join_group()
     with pytest.raises(SettingError) as found:
         check_launch(settings(**changes), hydra())
     for word in (f"trainer.devices={changes['devices']}", *remedies):
         assert word in str(found.value)
 
 
-def test_nodes_without_a_common_folder_are_refused():
-    for overrides in ((), ("hydra.run.dir=a/${now:%H}",)):
-        with pytest.raises(SettingError, match=r"trainer\.num_nodes=2.*torchrun.*hydra\.run\.dir=FOLDER"):
-            check_launch(settings(num_nodes=2), hydra(RunMode.RUN, *overrides))
-    check_launch(settings(num_nodes=2), hydra(RunMode.RUN, "hydra.run.dir=here"))
-
-
 def test_gpus_that_submitit_hides_are_missed(place, monkeypatch, tmp_path):
     place(SUBMITIT, CUDA_VISIBLE_DEVICES="")
+    join_group()
     check_launch(settings(devices=2), hydra())
     monkeypatch.setattr(launch, "DRIVER", tmp_path)
     monkeypatch.setattr(launch, "device_count", lambda *_: 2)

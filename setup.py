@@ -1,0 +1,6 @@
+"""The packages of a wheel: those of the source, and the folders of configurations; all else is in pyproject.toml."""
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+groups = [f"wdat.conf.{name}" for name in find_namespace_packages("conf")]
+setup(packages=[*find_packages(include=["wdat*"]), "wdat.conf", *groups])

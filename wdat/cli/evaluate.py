@@ -1,0 +1,198 @@
+"""One evaluation, from its composed configuration to its report."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from wdat import models
+from wdat.attacks import ATTACKS, Attack
+from wdat.cli.console import evaluation_table
+from wdat.cli.launch import one_at_a_time
+from wdat.data.batch import Batch
+from wdat.distributed import current, together
+from wdat.errors import SettingError, Stopped, unknown
+from wdat.evaluation import ImageTensors
+from wdat.evaluation.evaluator import Evaluator, plan
+from wdat.evaluation.evaluator import Progress as Report
+from wdat.evaluation.session import Session, read_radii
+from wdat.records import Facts, RecordFile
+from wdat.reporting.plots import accuracy_against_budget
+from wdat.reporting.report import write_report
+from wdat.terminal import PlainConsole
+from wdat.threat import ThreatModel, parse_budget
+
+FILES = ("records.json", "report.html", "curve.png")
+
+
+def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
+    """Run one evaluation, on this process's share of the images.
+
+    Args:
+        cfg: As `conf/evaluate.yaml` composes it.
+        run_dir: Where the records go.
+
+    Returns:
+        The records of the evaluation, on the first process all of them.
+    """
+    base, threats, attacks = planned(cfg)
+    data = instantiate(cfg.data)
+    data.suit(models.preprocessing(cfg.model))
+    with one_at_a_time():
+        data.prepare_data()
+        network = instantiate(cfg.model)
+    data.setup("test" if cfg.split == "test" else None)
+    name = models.title(cfg.model)
+    facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
+    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    first = trainer.is_global_zero
+    results = RecordFile(run_dir / FILES[0] if first else None)
+
+    def measure(images: ImageTensors, device: torch.device) -> None:
+        everyone = current(device)
+        with progress_bars(first) as report:
+            evaluator = Evaluator(
+                network, images, cfg.batch_size, split=cfg.split, facts=facts, processes=everyone, progress=report,
+                pictures=True,
+            )  # fmt: skip
+            if first:
+                on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
+                PlainConsole().print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
+            with together(everyone):
+                radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
+            session = Session(evaluator, results, run_dir)
+            for loss in cfg.losses:
+                session.clean(base, loss)
+            for threat in threats:
+                for attack in attacks:
+                    session.attacked(attack, threat)
+                if radii is not None:
+                    session.certified(radii, str(cfg.certified), threat)
+            if cfg.save_distances:
+                session.save_distances(attacks, base.norm)
+
+    loop = trainer.test if cfg.split == "test" else trainer.validate
+    with stopped_at_once(run_dir):
+        loop(Measured(network, measure, run_dir), datamodule=data, verbose=False)
+    return results
+
+
+def show(results: RecordFile, run_dir: Path, console: PlainConsole) -> None:
+    """Write the report and the picture, and print the table."""
+    accuracy_against_budget(results.records, run_dir / "curve.png")
+    write_report(results.records, run_dir / "report.html")
+    console.print(evaluation_table(results.records))
+    for name in FILES:
+        console.print(f"{name:<12} {run_dir / name}")
+
+
+class Measured(L.LightningModule):
+    """A network whose loop of validation or test gathers this process's images, which are then measured as one set.
+
+    Args:
+        network: In eval mode where it is measured.
+        measure: Called with the images and the device.
+        run_dir: The folder to name when the run is stopped.
+    """
+
+    def __init__(
+        self, network: nn.Module, measure: Callable[[ImageTensors, torch.device], None], run_dir: Path
+    ) -> None:
+        super().__init__()
+        self.network, self.measure, self.run_dir = network, measure, run_dir
+        self._batches: list[Batch] = []
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the images."""
+        self._batches.append(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Measure them."""
+        with together(current(self.device)):
+            images = ImageTensors.collect(self._batches, self.device)
+        with stopped_at_once(
+            self.run_dir
+        ):  # Lightning has taken the signals, and would wait for the end of all attacks
+            self.measure(images, self.device)
+
+    validation_step, on_validation_epoch_end = test_step, on_test_epoch_end
+
+
+@contextmanager
+def stopped_at_once(run_dir: Path) -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C raise `Stopped`: what is measured is recorded already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; resume with resume={run_dir}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[Report]:
+    """A function that shows how far each attack is, on a terminal only."""
+    console = PlainConsole()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as live:
+        tasks: dict[str, TaskID] = {}
+
+        def report(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = live.add_task(label, total=total)
+            live.update(tasks[label], completed=done)
+            if done >= total:
+                live.remove_task(tasks.pop(label))
+
+        yield report
+
+
+def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack]]:
+    """The threat as configured, one for each budget, and the attacks; refuses what can't be done before any work."""
+    for key in ("attacks", "deltas", "losses"):
+        if not isinstance(cfg[key], ListConfig):
+            usual = {"attacks": "pgd,wpgd,knapsack", "deltas": "8/255", "losses": "ce,redlr"}[key]
+            raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{cfg[key] or usual}]")
+    if cfg.split not in ("test", "val"):
+        raise unknown("split", cfg.split, ("test", "val"), "split")
+    for name in cfg.attacks:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS, "attacks")
+        if ATTACKS[name].by_distance:
+            raise SettingError(f"attacks: {name} trains; to evaluate, use knapsack")
+    if cfg.save_distances and "knapsack" not in cfg.attacks:
+        raise SettingError(
+            "save_distances=true writes the distances of the knapsack: add it to attacks, or set it false"
+        )
+    if not cfg.deltas or not cfg.losses:
+        raise SettingError("deltas and losses must each name at least one: deltas=[8/255] losses=[ce]")
+    if isinstance(cfg.batch_size, bool) or not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
+        raise SettingError(f"batch_size={cfg.batch_size} must be a whole number of images from 1")
+    if str(cfg.trainer.precision) not in ("32-true", "32"):
+        raise SettingError(f"trainer.precision={cfg.trainer.precision}: evaluation is in float32; leave it 32-true")
+    base: ThreatModel = instantiate(cfg.threat)
+    threats = [ThreatModel(base.p, base.norm, parse_budget(delta, "deltas")) for delta in cfg.deltas]
+    options: Any = OmegaConf.to_container(cfg.attack_options, resolve=True)
+    attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)
+    for attack in attacks:
+        attack.threat_of(base)
+    return base, threats, attacks
