@@ -34,7 +34,7 @@ NETWORKS = {
     "cnn_a": Network(2, 0.005, "models/cnn_a_adv.pt"),
     "preact_resnet18": Network(
         8, 0.01,
-        first=("objective=trades", "threat=winf_linf", "schedule=trades2019", "data.crop=4", "trainer.max_epochs=30"),
+        first=("experiment=trades2019", "threat=winf_linf", "data.crop=4", "trainer.max_epochs=30"),
         settings=("trainer.precision=bf16-mixed",),
     ),
 }  # fmt: skip
@@ -92,7 +92,7 @@ def wdat(attack: str, *more: str) -> tuple[str, ...]:
 
 def rate(value: float) -> str:
     """The peak learning rate."""
-    return f"schedule.optimizer.lr={value:g}"
+    return f"optimizer.lr={value:g}"
 
 
 FINE_TUNING = (
@@ -100,8 +100,8 @@ FINE_TUNING = (
     "averaging=ema",
     "averaging.decay=0.999",
     "data.crop=0",
-    "schedule.optimizer.weight_decay=0",
-    "schedule.shape.warmup=0.05",
+    "optimizer.weight_decay=0",
+    "scheduler.warmup=0.05",
 )
 """Settings of every arm."""
 

@@ -30,12 +30,12 @@ EVALUATIONS = ("val", "test_jpeg", "test_original")
 
 
 RUNNING = (
-    "channels_last=true",
+    "finetune.channels_last=true",
     "callbacks.checkpoint.save_top_k=0",  # the last epoch: the networks as found have seen the validation images
     "trainer.check_val_every_n_epoch=20",
     "data.val_size=2000",
     "data.limit_test=100",  # train.py's own test; evaluate.py measures on all
-    "curve=[]",
+    "evaluation.curve=[]",
 )
 
 

@@ -21,12 +21,13 @@ import torch
 from wdat.training.checkpointing import FOLDER, LAST, damage, previous, steps
 
 ROOT = Path(__file__).parents[1]
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 SMALL = [
     "experiment=quickstart", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", "attack.steps=3",
-    "curve=[]", "pretrain.max_epochs=1", "data.batch_size=32", "trainer.max_epochs=6", "trainer.log_every_n_steps=1",
-    f"{EVALUATION}.pointwise.steps=3", f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=3",
-    f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=320", "data.limit_val=40", "data.limit_test=40",
+    "evaluation.curve=[]", "pretrain.max_epochs=1", "data.batch_size=32", "trainer.max_epochs=6",
+    "trainer.log_every_n_steps=1",
+    f"{EVALUATION}.pgd.steps=3", f"{EVALUATION}.pgd.step_size=0.5", f"{EVALUATION}.wpgd.steps=3",
+    f"{EVALUATION}.wpgd.step_size=0.5", "data.limit_train=320", "data.limit_val=40", "data.limit_test=40",
 ]  # fmt: skip
 PATIENCE = 240.0  # seconds after which a run counts as hung
 

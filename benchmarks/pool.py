@@ -40,7 +40,7 @@ from wdat.data import ImageDataModule
 from wdat.data.batch import Batch
 from wdat.distributed import ALONE
 from wdat.models import load_network, prepare
-from wdat.objectives import Objective
+from wdat.objectives import WDAT
 from wdat.sensitivity import Table, with_pool
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import Constant
@@ -71,9 +71,7 @@ def trained(network: nn.Module, data: ImageDataModule, inner: int, seed: int) ->
     assert data.pool
     sensitivity = with_pool(Table(), data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     network = copy.deepcopy(network)
-    module = WDATModule(
-        network, Objective(beta_w=6), attack, threat, sensitivity, torch.optim.SGD, Constant(), None, seed
-    )
+    module = WDATModule(network, WDAT(), attack, threat, sensitivity, torch.optim.SGD, Constant(), None, seed)
     module.log = lambda *arguments, **options: None  # type: ignore[method-assign]
     sensitivity.begin(data.n_train, threat.q, seed, ALONE)
     wanted = sensitivity.wanted(0)
@@ -83,7 +81,7 @@ def trained(network: nn.Module, data: ImageDataModule, inner: int, seed: int) ->
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
 
     def step(batch: Batch) -> None:
-        loss = module.training_step(batch, 0)
+        loss = module.training_step(batch, 0)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -38,7 +38,7 @@ from wdat.data.batch import Batch
 from wdat.distributed import ALONE
 from wdat.gradients import undisturbed
 from wdat.models import accelerate, load_network, prepare
-from wdat.objectives import Objective
+from wdat.objectives import TRADES, WDAT
 from wdat.sensitivity import Table
 from wdat.threat import contract, direction
 from wdat.training.module import WDATModule
@@ -47,7 +47,7 @@ from wdat.training.schedulers import Constant
 DELTA = {"linf": 2 / 255, "l2": 0.25}
 BETA, STEP_SIZE, NOISE = 6.0, 0.25, 0.001
 ALL = ("trades, as usual", "trades", "wdat, ce", "wdat, redlr")
-Step = Callable[[Batch], object]
+Step = Callable[[Batch], Any]
 
 
 def usual_trades(network: nn.Module, threat: ThreatModel, inner: int, precision: torch.dtype) -> Step:
@@ -94,12 +94,13 @@ def ours(module: WDATModule, batches: list[Batch], n_train: int, precision: torc
     module.sensitivity.measured(torch.arange(n_train), norms)
     module.train()
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch) -> dict[str, Any]:
         with torch.autocast(batch.x.device.type, precision, enabled=precision != torch.float32):
-            loss = module.training_step(batch, 0)
+            outputs = module.training_step(batch, 0)
         optimizer.zero_grad()
-        loss.backward()
+        outputs["loss"].backward()
         optimizer.step()
+        return outputs
 
     return step
 
@@ -114,10 +115,12 @@ def make(
     if kind == "trades, as usual":
         return usual_trades(network, threat, inner, precision), None
     pgd = build("pgd", loss="kl", steps=inner, step_size=STEP_SIZE)
-    objective = Objective(beta_p=BETA, pointwise_attack=pgd) if kind == "trades" else Objective(beta_w=BETA)
+    objective = TRADES(beta_p=BETA, pointwise_attack=pgd) if kind == "trades" else WDAT(beta_w=BETA)
     loss = "redlr" if kind == "wdat, redlr" else "ce"
     attack = build("wpgd_budget", loss="kl", radii_loss=loss, steps=inner, step_size=STEP_SIZE, radius_max=4.0)
-    module = WDATModule(network, objective, attack, threat, Table(), torch.optim.SGD, Constant(), seed=options.seed)
+    module = WDATModule(
+        network, objective, attack, threat, Table(), torch.optim.SGD, Constant(), seed=options.seed, notify=print
+    )
     module.to(batches[0].x.device)
     return ours(module, batches, n_train, precision), module
 
@@ -132,13 +135,11 @@ def compare(
         for batch in batches:
             step(batch)
 
-    def zero_radii(step: Step, module: WDATModule) -> float:
-        shares = []
-        for batch in batches:
-            step(batch)
-            radii = module.last_attack.radii if module.last_attack else None
-            shares.append(0.0 if radii is None else float((radii == 0).float().mean()))
-        return sum(shares) / len(shares)
+    def zero_radii(step: Step) -> float | None:
+        results = [step(batch)["attack_result"] for batch in batches]
+        if results[0] is None:
+            return None
+        return sum(float((result.radii == 0).float().mean()) for result in results) / len(results)
 
     for step, _ in made.values():
         go(step)  # warms up
@@ -157,8 +158,8 @@ def compare(
     for kind, (step, module) in made.items():
         if module is None:
             continue
-        if module.objective.uses_attack:
-            row["zero_radii"][kind] = zero_radii(step, module)
+        if (share := zero_radii(step)) is not None:
+            row["zero_radii"][kind] = share
         for other in ("trades", "trades, as usual"):
             if other in times and kind != other:
                 pairs = zip(times[kind], times[other], strict=True)

@@ -35,7 +35,7 @@ from wdat.attacks import allocate, build
 from wdat.cli.console import readable_errors
 from wdat.distributed import ALONE
 from wdat.models import load_network, prepare
-from wdat.objectives import Objective
+from wdat.objectives import WDAT
 from wdat.sensitivity import Batch, Ema, Estimator, Sensitivity, Subsample, Table
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import Constant
@@ -99,7 +99,7 @@ class Compare(L.Callback):
         else:
             pl_module.sensitivity.seconds = 0.0
         for estimator in self.watching.values():
-            estimator.observe(batch.index, pl_module.last_attack.norms)
+            estimator.observe(batch.index, outputs["attack_result"].norms)
         if batch.step % self.every == 0:
             for name, estimator in {"table": pl_module.sensitivity, **self.watching}.items():
                 self.known[name]["upsilon"].append(estimator.upsilon())
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace, loss: str, norm: str, rate: float) -> list[
     )
     table = Timed()
     module = WDATModule(
-        network, Objective(beta_w=6), attack, ThreatModel(2, norm, DELTA[norm]), table,
+        network, WDAT(), attack, ThreatModel(2, norm, DELTA[norm]), table,
         partial(torch.optim.SGD, lr=rate, momentum=0.9), Constant(), seed=options.seed,
     )  # fmt: skip
     trainer = L.Trainer(

@@ -3,7 +3,7 @@
     python -m docs.figures [FOLDER]
 
 Writes `accuracy.png`, `distances.png`, `before_after.png` and `schedules.png` into FOLDER, by default the folder of
-these pages. Records come from `results/`, their pictures from `wdat.reporting.plots`, schedules from `conf/schedule/`.
+these pages. Records come from `results/`, their pictures from `wdat.reporting.plots`, schedules from `conf/`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 CONF = HERE.parent / "conf"
 EPOCHS = {  # of the sources, to which the curves are drawn
-    "finetune20": 20, "finetune_plain": 15, "hendrycks2019": 5, "trades2019": 76, "rebuffi2021": 400,
+    "fine-tuning": 20, "finetune_plain": 15, "hendrycks2019": 5, "trades2019": 76, "rebuffi2021": 400,
     "rebuffi2021_pytorch": 400, "wang2023": 400,
 }  # fmt: skip
+RECIPES = [name for name in EPOCHS if name != "fine-tuning"]  # the others: what train.py does by default
 STEPS = 49  # of an epoch: 50,000 images in batches of 1024
 
 
@@ -86,9 +87,9 @@ def _curve(name: str) -> tuple[int, list[float]]:
     """Epochs of the source, and the rate at each step."""
     epochs = EPOCHS[name]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"schedule={name}", f"trainer.max_epochs={epochs}"])
-    peak = peak_rate(cfg.schedule.optimizer.lr, cfg.data.batch_size, cfg.schedule.per_batch)
-    shape = instantiate(cfg.schedule.shape)
+        cfg = compose("config", [f"experiment={name if name in RECIPES else 'null'}", f"trainer.max_epochs={epochs}"])
+    peak = peak_rate(cfg.optimizer.lr, cfg.data.batch_size, cfg.optimizer.per_batch)
+    shape = instantiate(cfg.scheduler)
     steps = epochs * STEPS
     return epochs, [peak * shape(step / steps) for step in range(steps)]
 

@@ -18,6 +18,7 @@ the training images every k steps; 0 for `batch` and `ema`.
 
 from __future__ import annotations
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from sweeps import grids
@@ -36,23 +37,27 @@ def plain_epochs(cfg: DictConfig, images: tuple[int, int, int] | None = None) ->
     steps = max(1, train // cfg.data.batch_size)  # an incomplete batch is left out
     epochs = cfg.trainer.max_epochs
     trained = epochs * steps * cfg.data.batch_size / train
-    step = cfg.attack.steps + (2.5 if cfg.attack.name in ("pgd", "fgsm") else 2)
-    attacks = cfg.callbacks.robust_evaluation
-    inner = attacks.pointwise.steps + attacks.distributional.steps
+    step = cfg.attack.steps + (2.5 if is_pointwise(cfg) else 2)
+    inner = sum(cfg.evaluation.attack_options[name].steps for name in cfg.evaluation.attacks)
     validated = epochs // cfg.trainer.check_val_every_n_epoch * val / train * (inner + 3.5)
-    tested = 2 * test / train * (inner + 5.5 + len(cfg.curve) * (inner + 2))
+    tested = 2 * test / train * (inner + 5.5 + len(cfg.evaluation.curve) * (inner + 2))
     return float(trained * step + measuring(cfg, epochs * steps, train) + validated + tested)
 
 
 def measuring(cfg: DictConfig, steps: int, train: int) -> float:
     """Passes over training images that only measure Υ, in plain epochs."""
-    if cfg.attack.name in ("pgd", "fgsm"):  # every radius is δ, whatever Υ is
+    if is_pointwise(cfg):  # every radius is δ, whatever Υ is
         return 0.0
     every = cfg.sensitivity.get("every")
     passes = -(-steps // every) if every else 1
     kind = cfg.sensitivity._target_.rpartition(".")[2]
     shares = {"Exact": 1.0, "Table": 1.0, "Subsample": cfg.sensitivity.get("size", 0) / train, "Batch": 0.0, "Ema": 0.0}
     return float(shares[kind] * passes)
+
+
+def is_pointwise(cfg: DictConfig) -> bool:
+    """Whether the training attack gives every image the radius δ."""
+    return bool(getattr(get_class(cfg.attack._target_), "pointwise", False))
 
 
 def sizes(cfg: DictConfig) -> tuple[int, int, int]:

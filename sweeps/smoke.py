@@ -25,19 +25,19 @@ from wdat.records import read
 ROOT = grids.FOLDER.parent
 STAGES = {"before", "epoch", "after"}
 
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 SMALL = {
     "data": "digits", "data.limit_train": "96", "data.limit_val": "24", "data.limit_test": "24",
     "data.batch_size": "32", "model": "small_cnn", "trainer.max_epochs": "1", "trainer.accelerator": "cpu",
-    "trainer.devices": "1", "pretrain.max_epochs": "3", "curve": "[]", "attack.steps": "2",
-    f"{EVALUATION}.pointwise.steps": "2", f"{EVALUATION}.distributional.steps": "2",
+    "trainer.devices": "1", "pretrain.max_epochs": "3", "evaluation.curve": "[]", "attack.steps": "2",
+    f"{EVALUATION}.pgd.steps": "2", f"{EVALUATION}.wpgd.steps": "2",
 }  # fmt: skip
 FEWER = {  # instead of a file's own values
     "model": "small_cnn,cnn_a",  # the others are downloaded
     "seed": "0,1",
     "objective.beta_w": "1,6",
     "threat.delta": "2/255,8/255",
-    "schedule.optimizer.lr": "0.001,0.01",
+    "optimizer.lr": "0.001,0.01",
     "finetune.init": "reset_head,perturb",  # the other sweeps have `none`
 }
 

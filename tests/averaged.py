@@ -99,6 +99,6 @@ def run(make, make_trainer, digits, folder, *others, start=0.5, epochs=3, **opti
     trainer = make_trainer(
         *others, ExponentialAveraging(0.9, start), last, enable_checkpointing=True, max_epochs=epochs
     )
-    module = make(network=with_batchnorm(), sensitivity=Table(), schedule=lambda t: 1 - 0.9 * t)
+    module = make(network=with_batchnorm(), sensitivity=Table(), scheduler=lambda t: 1 - 0.9 * t)
     trainer.fit(module, digits(), **options)
     return saved(folder / "last.ckpt"), weights(module.network)

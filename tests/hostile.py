@@ -14,11 +14,11 @@ from wdat.reporting.report import write_report
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
 SECRETS = {"WANDB_API_KEY": "secret123" * 4 + "abcd", "WDAT_TEST_TOKEN": "secret456secret456"}
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 TRAINED = [
     "experiment=quickstart", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=1", "attack.steps=1",
-    "trainer.check_val_every_n_epoch=1", "curve=[]", "pretrain.max_epochs=0", f"{EVALUATION}.pointwise.steps=1",
-    f"{EVALUATION}.distributional.steps=1", "data.limit_train=32", "data.limit_val=32", "data.limit_test=32",
+    "trainer.check_val_every_n_epoch=1", "evaluation.curve=[]", "pretrain.max_epochs=0", f"{EVALUATION}.pgd.steps=1",
+    f"{EVALUATION}.wpgd.steps=1", "data.limit_train=32", "data.limit_val=32", "data.limit_test=32",
 ]  # fmt: skip
 EVALUATED = [
     "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1", "threat.delta=0.002", "losses=[ce]",

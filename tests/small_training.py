@@ -14,7 +14,7 @@ from torch import nn
 from wdat import models
 from wdat.attacks import build
 from wdat.data import ImageDataModule
-from wdat.objectives import Objective
+from wdat.objectives import WDAT
 from wdat.sensitivity import Batch
 from wdat.threat import ThreatModel
 from wdat.training.module import WDATModule
@@ -26,7 +26,7 @@ DELTA = 8 / 255
 EVERYONE = ThreatModel(math.inf, "linf", DELTA)
 SHARED = ThreatModel(2, "linf", DELTA)
 ATTACKS = ["wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm"]
-OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "clean"]
+OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "attack_at", "clean"]
 ESTIMATORS = ["table", "subsample", "exact", "batch", "ema"]
 
 
@@ -65,10 +65,13 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def module_for(network, objective=None, attack=None, threat=SHARED, sensitivity=None, **options):
-    settings = {"optimizer": SGD, "schedule": Constant(), "keep_eval": models.keep_frozen_in_eval, "seed": SEED}
+    settings = {
+        "optimizer": SGD, "scheduler": Constant(), "keep_eval": models.keep_frozen_in_eval, "seed": SEED,
+        "notify": print,
+    }  # fmt: skip
     return WDATModule(
         network,
-        objective or Objective(beta_w=6),
+        objective or WDAT(),
         attack or build("wpgd_budget", loss="kl", steps=2, step_size=0.5),
         threat,
         sensitivity or Batch(),
@@ -95,6 +98,16 @@ def same(one, other):
     """Equality to the bit, of parameters and statistics."""
     mine, theirs = one.state_dict(), other.state_dict()
     return all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+class Outputs(L.Callback):
+    """What the training steps have returned."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs)
 
 
 def distributional(name="wpgd_budget", inner=4):

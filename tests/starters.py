@@ -6,12 +6,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train.py"
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 QUICK = [
     "experiment=quickstart", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=1", "attack.steps=2",
-    "curve=[]", "pretrain.max_epochs=1", "data.batch_size=32", "trainer.max_epochs=1", "trainer.log_every_n_steps=1",
-    f"{EVALUATION}.pointwise.steps=2", f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=2",
-    f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=64", "data.limit_val=30", "data.limit_test=35",
+    "evaluation.curve=[]", "pretrain.max_epochs=1", "data.batch_size=32", "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+    f"{EVALUATION}.pgd.steps=2", f"{EVALUATION}.pgd.step_size=0.5", f"{EVALUATION}.wpgd.steps=2",
+    f"{EVALUATION}.wpgd.step_size=0.5", "data.limit_train=64", "data.limit_val=30", "data.limit_test=35",
 ]  # fmt: skip
 
 TORCHRUN = {

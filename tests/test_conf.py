@@ -14,27 +14,25 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
 from wdat import models
+from wdat.attacks import PGD, WPGD
+from wdat.cli.build import build
+from wdat.cli.train import evaluation_of, optimizer_of
 from wdat.data import ImageDataModule
 from wdat.models import LOCAL, zoo
+from wdat.objectives import PGDAT, TRADES, WDAT, AttackAT, Clean, Combined
+from wdat.records import Facts, RecordFile
 from wdat.threat import ThreatModel
-from wdat.training.callbacks import (
-    AttackLog,
-    BestCheckpoint,
-    GracefulStop,
-    LastCheckpoint,
-    RobustEvaluation,
-    StepCost,
-    WorkProgress,
-)
+from wdat.training.callbacks import AttackLog, BestCheckpoint, GracefulStop, LastCheckpoint, StepCost
 
 CONF = Path(__file__).parents[1] / "conf"
+TRAIN = {"loss": "kl", "radii_loss": "ce", "steps": 10, "step_size": 0.25}
 LOCALLY = ("data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1")
 
 # Group: what the contract has and must be there, and what it has that may come later.
 CONTRACT = {
     "model": (
         "Zhang2019 Rebuffi2021 Gowal2021 Wang2023 Cui2023 robustbench "
-        "preact_resnet18 wrn_28_10 resnet2b resnet4b cnn_a small_cnn",
+        "preact_resnet18 wrn_28_10 resnet2b resnet4b cnn_a small_cnn custom",
         "",
     ),
     "data": ("cifar10 cifar100 imagenet npz digits", ""),
@@ -43,8 +41,12 @@ CONTRACT = {
     "objective": ("wdat trades combined pgd_at clean", "attack_at"),
     "sensitivity": ("table subsample exact batch ema", ""),
     "finetune": ("all head", "reset_head perturb"),
-    "schedule": (
-        "finetune20 finetune_plain trades2019 rebuffi2021 rebuffi2021_pytorch wang2023 hendrycks2019",
+    "optimizer": ("sgd adamw", ""),
+    "scheduler": ("cosine long_warmup steps one_cycle constant", ""),
+    "evaluation": ("default", ""),
+    "pretrain": ("default", ""),
+    "experiment": (
+        "quickstart critical_draw finetune_plain trades2019 rebuffi2021 rebuffi2021_pytorch wang2023 hendrycks2019",
         "",
     ),
     "logger": ("csv wandb tensorboard", ""),
@@ -82,13 +84,16 @@ def test_the_choices_are_those_of_the_contract(group):
 
 
 def test_no_group_is_unknown_to_these_tests():
-    assert {f.name for f in CONF.iterdir() if f.is_dir()} <= {*CONTRACT, "experiment", "hydra"}
-    assert "quickstart" in choices("experiment")
+    assert {f.name for f in CONF.iterdir() if f.is_dir()} <= {*CONTRACT, "hydra"}
 
 
 def test_the_flagship_is_what_the_contract_says(composed):
     config = composed("model=Rebuffi2021", "attack=wpgd")
-    assert (config.model.name, config.data.source, config.attack.name) == ("Rebuffi2021", "cifar10", "wpgd")
+    assert (config.model.name, config.data.source, instantiate(config.attack)) == (
+        "Rebuffi2021",
+        "cifar10",
+        WPGD(**TRAIN),
+    )
     threat = instantiate(config.threat)
     assert (threat.p, threat.norm, threat.delta) == (2, "linf", 8 / 255)
     assert zoo.resolve(config.model.name, config.model.dataset, config.model.threat_model).name == (
@@ -100,7 +105,7 @@ def test_defaults_are_those_of_the_contract(composed):
     chosen = composed().hydra.runtime.choices
     wanted = {
         "data": "cifar10", "threat": "w2_linf", "attack": "wpgd_budget", "objective": "wdat", "finetune": "all",
-        "schedule": "finetune20", "logger": "csv",
+        "optimizer": "sgd", "scheduler": "cosine", "logger": "csv", "evaluation": "default",
     }  # fmt: skip
     assert {group: chosen[group] for group in wanted} == wanted
     assert chosen.sensitivity == "table"
@@ -128,17 +133,20 @@ KEYS = [
     "attack.radii_loss=dlr",
     "attack.steps=3",
     "attack.radius_max=null",
-    "objective.beta_p=1",
     "objective.beta_w=1",
     "sensitivity.every=2",
     "finetune.trainable=head",
     "finetune.init=perturb",
+    "optimizer.lr=0.5",
+    "evaluation.batch_size=7",
+    "evaluation.attack_options.wpgd.steps=3",
     "hydra.run.dir=elsewhere",
 ]
 
 
 def test_keys_of_the_contract_are_there(composed):
     config = composed("model=robustbench", *KEYS)
+    assert composed("objective=combined", "objective.beta_p=1").objective.beta_p == 1
     for key in KEYS:
         name, value = key.split("=", 1)
         assert str(OmegaConf.select(config, name)) == ("None" if value == "null" else value), name
@@ -170,20 +178,17 @@ def test_attacks_serve_in_training(composed, choice, norm):
 @pytest.mark.parametrize("choice", choices("objective"))
 def test_objectives(composed, choice):
     objective = instantiate(composed(f"objective={choice}").objective)
-    terms = (objective.clean, objective.divergence, objective.beta_p > 0, objective.beta_w > 0)
+    pgd = {"steps": 10, "step_size": 0.25}
+    kl, ce = PGD(loss="kl", **pgd), PGD(loss="ce", **pgd)
     wanted = {
-        "wdat": (True, True, False, True),
-        "trades": (True, True, True, False),
-        "combined": (True, True, True, True),
-        "pgd_at": (False, False, True, False),
-        "attack_at": (False, False, False, True),
-        "clean": (True, True, False, False),
+        "wdat": WDAT(beta_w=6),
+        "trades": TRADES(beta_p=6, pointwise_attack=kl),
+        "combined": Combined(beta_p=3, beta_w=3, pointwise_attack=kl),
+        "pgd_at": PGDAT(pointwise_attack=ce),
+        "attack_at": AttackAT(),
+        "clean": Clean(),
     }
-    assert terms == wanted[choice]
-    if choice in ("wdat", "trades"):
-        assert objective.beta_p + objective.beta_w == 6
-    if objective.beta_p > 0:
-        assert objective.pointwise_attack.loss == ("ce" if choice == "pgd_at" else "kl")
+    assert objective == wanted[choice] == type(objective)(), "a class and its file have the same defaults"
 
 
 @pytest.mark.parametrize("choice", choices("sensitivity"))
@@ -191,22 +196,26 @@ def test_sensitivities(composed, choice):
     assert instantiate(composed(f"sensitivity={choice}").sensitivity).name == choice
 
 
-@pytest.mark.parametrize("choice", choices("schedule"))
-def test_schedules(composed, choice):
-    schedule = composed(f"schedule={choice}").schedule
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = instantiate(schedule.optimizer)([parameter])
-    assert optimizer.param_groups[0]["lr"] == schedule.optimizer.lr > 0
-    shape = instantiate(schedule.shape)
+@pytest.mark.parametrize("choice", choices("optimizer"))
+def test_optimizers(composed, choice):
+    config = composed(f"optimizer={choice}", "trainer.accelerator=cpu")
+    optimizer = optimizer_of(config)([torch.nn.Parameter(torch.ones(2))])
+    assert optimizer.param_groups[0]["lr"] == config.optimizer.lr > 0
+
+
+@pytest.mark.parametrize("choice", choices("scheduler"))
+def test_schedulers(composed, choice):
+    shape = instantiate(composed(f"scheduler={choice}").scheduler)
     factors = [shape(step / 1000) for step in range(1001)]
     assert all(0 <= f <= 1 for f in factors)
-    assert max(factors) == 1 > factors[-1]
+    assert max(factors) == 1
+    assert (factors[-1] < 1) == (choice != "constant")
 
 
 @pytest.mark.parametrize("choice", choices("finetune"))
 def test_finetuning(composed, choice):
     network = LOCAL["small_cnn"](10)
-    names = models.prepare(network, **composed(f"finetune={choice}").finetune, seed=0, image_shape=(3, 32, 32))
+    names = instantiate(composed(f"finetune={choice}").finetune)(network, image_shape=(3, 32, 32))
     every = [name for name, _ in network.named_parameters()]
     assert names == (every if choice != "head" else every[-2:])
     assert names == [name for name, p in network.named_parameters() if p.requires_grad]
@@ -224,6 +233,8 @@ def test_data(composed, choice):
 def test_models(composed, choice):
     name = ("model.name=Wong2020Fast",) if choice == "robustbench" else ()
     config = composed("data=digits", f"model={choice}", *name, "seed=5").model
+    if choice == "custom":
+        return  # tests/cli
     assert get_method(config._target_) is models.load_network
     assert (config.num_classes, config.seed, config.checkpoint) == (10, 5, None)
     if choice not in LOCAL:
@@ -245,22 +256,25 @@ def test_trainers(composed, choice):
 
 @pytest.mark.parametrize("choice", choices("callbacks"))
 def test_callbacks(composed, choice, tmp_path):
-    config = composed(*LOCALLY, f"callbacks={choice}", "monitor=val/acc_clean", "curve=[0.25,3]")
+    config = composed(*LOCALLY, f"callbacks={choice}", "monitor=val/acc_clean")
     built = list(map(instantiate, config.callbacks.values()))
     if choice != "default":
         return
-    wanted = {RobustEvaluation, AttackLog, StepCost, WorkProgress, BestCheckpoint, LastCheckpoint, GracefulStop}
-    assert wanted == set(map(type, built))
-    evaluation = next(c for c in built if isinstance(c, RobustEvaluation))
-    assert evaluation.pointwise.pointwise
-    assert not evaluation.distributional.pointwise
-    for attack in (evaluation.pointwise, evaluation.distributional):  # the published settings
-        assert (attack.steps, attack.step_size) == (50, pytest.approx(1.875 / 50))
-        assert attack.loss in ("ce", "redlr")
-    assert evaluation.curve == (0.25, 3)
-    checkpoints = [c for c in built if isinstance(c, BestCheckpoint)]
-    assert (checkpoints[0].monitor, checkpoints[0].mode) == ("val/acc_clean", "max")
-    assert {Path(c.dirpath) for c in checkpoints} == {tmp_path / "checkpoints"}
+    assert {AttackLog, StepCost, BestCheckpoint, LastCheckpoint, GracefulStop} == set(map(type, built))
+    (checkpoint,) = (c for c in built if isinstance(c, BestCheckpoint))
+    assert (checkpoint.monitor, checkpoint.mode) == ("val/acc_clean", "max")
+    assert Path(checkpoint.dirpath) == tmp_path / "checkpoints"
+
+
+def test_evaluation_has_the_published_settings(composed):
+    config = composed(*LOCALLY, "evaluation.curve=[0.25,3]", "threat.delta=0.1")
+    threat, attack = instantiate(config.threat), instantiate(config.attack)
+    evaluation = evaluation_of(config, threat, attack, RecordFile(None), Facts(), lambda *_: None)
+    assert evaluation.attacks == [
+        PGD(loss="ce", steps=50, step_size=1.875 / 50), WPGD(loss="redlr", steps=50, step_size=1.875 / 50),
+    ]  # fmt: skip
+    assert evaluation.deltas == pytest.approx([0.025, 0.3])
+    assert evaluation.metrics == {"acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"}
 
 
 @pytest.mark.parametrize("choice", choices("averaging"))
@@ -303,26 +317,33 @@ def test_wandb_offline(composed, tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize("choice", choices("experiment"))
-def test_experiments(composed, choice):
-    config = composed(f"experiment={choice}", *LOCALLY)
-    for group in ("threat", "attack", "objective", "sensitivity"):
-        instantiate(config[group])
-    assert OmegaConf.to_container(config, resolve=False)
+BUILT = ("threat", "attack", "objective", "sensitivity", "scheduler", "averaging")
+
+
+def built(config):
+    for group in BUILT:
+        build(config[group], group)
+    optimizer_of(config)
     OmegaConf.resolve(config.callbacks)
     OmegaConf.resolve(config.trainer)
+    return config
 
 
-OTHERS = [f"{g}={c}" for g in ("threat", "attack", "objective", "sensitivity", "schedule") for c in choices(g)]
+@pytest.mark.parametrize("choice", choices("experiment"))
+def test_experiments(composed, choice):
+    built(composed(f"experiment={choice}", *LOCALLY))
 
 
-@pytest.mark.parametrize("other", OTHERS)
+GROUPS = ("threat", "attack", "objective", "sensitivity", "optimizer", "scheduler", "averaging")
+
+
+@pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("experiment", choices("experiment"))
-def test_an_experiment_goes_with_every_other_choice(composed, experiment, other):
-    """An experiment's own settings must not reach into a choice that doesn't know them."""
-    config = composed(f"experiment={experiment}", *LOCALLY, other)
-    for group in ("threat", "attack", "objective", "sensitivity", "schedule"):
-        instantiate(config[group])
+def test_an_experiment_goes_with_every_other_choice(composed, experiment, turn):
+    """An experiment's own settings must not reach into a choice that doesn't know them, one of each group."""
+    position = 3 * turn + choices("experiment").index(experiment)  # over all experiments, every choice has its turn
+    others = [f"{group}={choices(group)[position % len(choices(group))]}" for group in GROUPS]
+    built(composed(f"experiment={experiment}", *LOCALLY, *others))
 
 
 def test_the_quickstart_needs_nothing_from_elsewhere(composed):

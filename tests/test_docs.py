@@ -36,11 +36,11 @@ PAGES = {str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", *sorted(DOCS.
 SCRIPTS = ("train.py", "evaluate.py")
 FENCE = re.compile(r"(?:^\*\*(?P<title>[^*\n]+)\*\*\n\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 QUICK = [
     "trainer.accelerator=cpu", "trainer.devices=1", "trainer.check_val_every_n_epoch=1", "trainer.max_epochs=1",
-    "pretrain.max_epochs=1", "curve=[]", "attack.steps=2", "data.batch_size=16",
-    f"{EVALUATION}.pointwise.steps=2", f"{EVALUATION}.distributional.steps=2", f"{EVALUATION}.distributional.loss=ce",
+    "pretrain.max_epochs=1", "evaluation.curve=[]", "attack.steps=2", "data.batch_size=16",
+    f"{EVALUATION}.pgd.steps=2", f"{EVALUATION}.wpgd.steps=2", f"{EVALUATION}.wpgd.loss=ce",
     "data.limit_train=64", "data.limit_val=20", "data.limit_test=25",
 ]  # fmt: skip
 QUICK_EVALUATION = ["attacks=[pgd,wpgd]", "losses=[ce]", "attack_options.pgd.steps=2", "attack_options.wpgd.steps=2"]

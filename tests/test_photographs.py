@@ -15,16 +15,16 @@ from wdat.models import zoo
 from wdat.records import read
 
 ROOT = Path(__file__).parents[1]
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 SETTINGS = [
     "model=robustbench", "model.name=Wong2020Fast", "model.dataset=imagenet", "data=imagenet", "data.root=photographs",
     "data.num_classes=4", "data.val_size=4", "data.limit_test=8", "data.balanced=true", "data.workers=1",
     "hydra.run.dir=run",
 ]  # fmt: skip
 TRAINING = [
-    "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=1", "curve=[]", "attack.steps=2",
-    "data.batch_size=6", "data.limit_train=18", f"{EVALUATION}.pointwise.steps=2",
-    f"{EVALUATION}.distributional.steps=2", f"{EVALUATION}.distributional.loss=ce",
+    "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=1", "evaluation.curve=[]", "attack.steps=2",
+    "data.batch_size=6", "data.limit_train=18", f"{EVALUATION}.pgd.steps=2",
+    f"{EVALUATION}.wpgd.steps=2", f"{EVALUATION}.wpgd.loss=ce",
 ]  # fmt: skip
 
 

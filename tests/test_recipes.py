@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,22 +17,28 @@ from hydra.utils import instantiate
 from script_runner import run_script
 from torch import nn
 
-from wdat.attacks import build
+from wdat.cli.train import optimizer_of
 from wdat.data import ImageDataModule
 from wdat.models import LOCAL
-from wdat.objectives import Objective
+from wdat.objectives import PGDAT, TRADES, WDAT, Clean
 from wdat.sensitivity import Batch
 from wdat.threat import ThreatModel
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import OneCycle
 
 ROOT = Path(__file__).parents[1]
-SCHEDULES = sorted(f.stem for f in (ROOT / "conf" / "schedule").glob("*.yaml"))
-EVALUATION = "callbacks.robust_evaluation"
+FINE_TUNING = "fine-tuning"  # what train.py does without an experiment
+PUBLISHED = ["trades2019", "hendrycks2019", "rebuffi2021", "rebuffi2021_pytorch", "wang2023"]
+RECIPES = [FINE_TUNING, "finetune_plain", *PUBLISHED]
+EVALUATION = "evaluation.attack_options"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings(r"ignore:.*module\(s\) in eval mode at the start of training"),
 ]
+
+
+def recipe(name):
+    return [] if name == FINE_TUNING else [f"experiment={name}"]
 
 
 def composed(*overrides):
@@ -63,8 +69,8 @@ class Trail(L.Callback):
 
 def module_for(optimizer, shape, objective=None, **options):
     torch.manual_seed(3)
-    attack, threat = build("pgd", steps=1), ThreatModel(2, "linf", 0.03)
-    return WDATModule(with_norms(), objective or Objective(), attack, threat, Batch(), optimizer, shape, **options)
+    threat = ThreatModel(2, "linf", 0.03)
+    return WDATModule(with_norms(), objective or Clean(), None, threat, Batch(), optimizer, shape, **options)
 
 
 def fit(module, data, epochs, *callbacks, path=None):
@@ -111,7 +117,7 @@ def constant_momentum(rates):
 
 
 CURVES = {  # epochs, overrides, and the formula
-    "finetune20": (
+    FINE_TUNING: (
         20, [], constant_momentum([0.005 * (k / 2 if k < 2 else cosine((k - 2) / 38)) for k in range(40)])
     ),
     "finetune_plain": (
@@ -128,80 +134,61 @@ CURVES = {  # epochs, overrides, and the formula
 }  # fmt: skip
 
 
-def test_every_schedule_has_its_formula():
-    assert {name.split()[0] for name in CURVES} == set(SCHEDULES)
-
-
-@pytest.fixture(scope="module")
-def script():
-    return importlib.import_module("wdat.cli.train")
+def test_every_recipe_has_its_formula():
+    assert {name.split()[0] for name in CURVES} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_the_rates_of_a_run_are_those_of_the_source(name, script):
+def test_the_rates_of_a_run_are_those_of_the_source(name):
     epochs, overrides, wanted = CURVES[name]
-    cfg = composed(f"schedule={name.split()[0]}", f"trainer.max_epochs={epochs}", *overrides)
+    cfg = composed(*recipe(name.split()[0]), f"trainer.max_epochs={epochs}", *overrides)
     trail = Trail()
-    fit(module_for(script.optimizer_of(cfg), instantiate(cfg.schedule.shape), exempt=cfg.schedule.exempt),
-        images(), epochs, trail)  # fmt: skip
+    module = module_for(optimizer_of(cfg), instantiate(cfg.scheduler), exempt=cfg.optimizer.exempt)
+    fit(module, images(), epochs, trail)
     assert len(trail.seen) == len(wanted) == STEPS * epochs
     for step, (groups, (rate, momentum)) in enumerate(zip(trail.seen, wanted, strict=True)):
         assert groups == len(groups) * [(pytest.approx(rate, rel=1e-6, abs=1e-12), pytest.approx(momentum))], step
-    assert len(trail.seen[0]) == (2 if cfg.schedule.exempt else 1)
+    assert len(trail.seen[0]) == (2 if cfg.optimizer.exempt else 1)
 
 
 # --- all that a recipe means ----------------------------------------------------------------------------------------
 
-MEANS = {  # weight decay, Nesterov, exempt; label smoothing, whose; averaging from; batch size, beta
-    "finetune20": (0, True, [], 0, "all", None, 128, 6),
-    "finetune_plain": (5e-4, True, [], 0, "all", None, 128, 6),
-    "trades2019": (2e-4, False, [], 0, "all", None, 128, 6),
-    "hendrycks2019": (5e-4, True, [], 0, "all", None, 128, 6),
-    "rebuffi2021": (5e-4, True, ["norm"], 0.1, "synthetic", 0, 1024, 6),
-    "rebuffi2021_pytorch": (5e-4, True, ["norm"], 0.1, "all", 0.025, 1024, 6),
-    "wang2023": (5e-4, True, ["norm"], 0.1, "all", 0.025, 512, 5),
+MEANS = {  # weight decay, Nesterov, exempt; label smoothing, whose; averaging from; batch size, objective and epochs
+    FINE_TUNING: (0, True, [], 0, "all", None, 128, WDAT(), 20),
+    "finetune_plain": (5e-4, True, [], 0, "all", None, 128, WDAT(), 20),
+    "trades2019": (2e-4, False, [], 0, "all", None, 128, TRADES(), 76),
+    "hendrycks2019": (5e-4, True, [], 0, "all", None, 128, PGDAT(), 5),
+    "rebuffi2021": (5e-4, True, ["norm"], 0.1, "synthetic", 0, 1024, TRADES(), 400),
+    "rebuffi2021_pytorch": (5e-4, True, ["norm"], 0.1, "all", 0.025, 1024, TRADES(), 400),
+    "wang2023": (5e-4, True, ["norm"], 0.1, "all", 0.025, 512, TRADES(beta_p=5), 400),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_recipe_sets_what_its_source_has(name):
-    cfg = composed(f"schedule={name}")
-    optimizer, objective, averaging = cfg.schedule.optimizer, cfg.objective, instantiate(cfg.averaging)
-    found = (
-        optimizer.weight_decay, optimizer.get("nesterov", False), list(cfg.schedule.exempt), objective.label_smoothing,
-        objective.smooth, averaging and averaging.start, cfg.data.batch_size, objective.beta_w,
-    )  # fmt: skip
-    assert found == MEANS[name]
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete(name):
+    cfg = composed(*recipe(name))
+    averaging = instantiate(cfg.averaging)
+    decay, nesterov, exempt, smoothing, smooth, start, batch_size, objective, epochs = MEANS[name]
+    optimizer = optimizer_of(cfg)([torch.nn.Parameter(torch.ones(1))])
+    found = [optimizer.defaults[key] for key in ("weight_decay", "nesterov", "momentum")]
+    assert found == [decay, nesterov, 0.9]
+    assert (list(cfg.optimizer.exempt), averaging and averaging.start) == (exempt, start)
     assert averaging is None or averaging.decay == 0.995
-    assert cfg.attack.steps == 10
-    assert cfg.trainer.max_epochs == 20, "the length is the user's"
+    assert (cfg.data.batch_size, cfg.trainer.max_epochs, cfg.attack.steps) == (batch_size, epochs, 10)
+    assert instantiate(cfg.objective) == replace(objective, label_smoothing=smoothing, smooth=smooth)
 
 
 def test_what_is_typed_wins_over_the_recipe():
-    typed = ["averaging=none", "data.batch_size=64", "objective.beta_w=2", "objective.label_smoothing=0.3"]
-    typed += ["objective.smooth=synthetic", "schedule.optimizer.lr=0.01", "schedule.exempt=[norm,bias]"]
-    for order in (["schedule=wang2023", *typed], [*typed, "schedule=wang2023"]):
+    typed = ["averaging=none", "data.batch_size=64", "objective=wdat", "objective.beta_w=2", "trainer.max_epochs=3"]
+    typed += ["objective.label_smoothing=0.3", "objective.smooth=synthetic", "optimizer.lr=0.01"]
+    typed += ["optimizer.exempt=[norm,bias]", "scheduler=cosine"]
+    for order in (["experiment=wang2023", *typed], [*typed, "experiment=wang2023"]):
         cfg = composed(*order)
-        assert (cfg.averaging, cfg.data.batch_size, cfg.objective.beta_w) == (None, 64, 2)
-        assert (cfg.objective.label_smoothing, cfg.objective.smooth) == (0.3, "synthetic")
-        assert (cfg.schedule.optimizer.lr, list(cfg.schedule.exempt)) == (0.01, ["norm", "bias"])
-    assert composed("schedule=rebuffi2021", "averaging=ema_after_warmup").averaging.start == 0.025
-
-
-def test_what_an_experiment_sets_wins_over_the_recipe():
-    cfg = composed("experiment=quickstart", "schedule=wang2023")
-    assert (cfg.data.batch_size, cfg.trainer.max_epochs, cfg.schedule.optimizer.lr) == (32, 15, 0.2)
-    assert (cfg.averaging.start, cfg.objective.label_smoothing) == (0.025, 0.1)
-
-
-@pytest.mark.parametrize(
-    ("objective", "betas"),
-    [("wdat", (0, 5)), ("trades", (5, 0)), ("combined", (3, 3)), ("pgd_at", (1, 0)), ("clean", (0, 0))],
-)
-def test_a_recipes_beta_goes_to_the_term_that_the_objective_has(objective, betas):
-    cfg = composed("schedule=wang2023", f"objective={objective}").objective
-    assert (cfg.beta_p, cfg.beta_w) == betas
-    assert instantiate(cfg).label_smoothing == 0.1
+        assert (cfg.averaging, cfg.data.batch_size, cfg.trainer.max_epochs) == (None, 64, 3)
+        assert instantiate(cfg.objective) == WDAT(beta_w=2, label_smoothing=0.3, smooth="synthetic")
+        assert (cfg.optimizer.lr, list(cfg.optimizer.exempt)) == (0.01, ["norm", "bias"])
+        assert instantiate(cfg.scheduler).warmup == 0.05
+    assert composed("experiment=rebuffi2021", "averaging=ema_after_warmup").averaging.start == 0.025
 
 
 # --- three real steps -----------------------------------------------------------------------------------------------
@@ -209,9 +196,14 @@ def test_a_recipes_beta_goes_to_the_term_that_the_objective_has(objective, betas
 THREE_STEPS = [
     "data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=1",
     "trainer.log_every_n_steps=1", "data.batch_size=16", "data.limit_train=48", "data.limit_val=8", "data.limit_test=8",
-    "data.crop=1", "attack.steps=2", "curve=[]", f"{EVALUATION}.pointwise.steps=1",
-    f"{EVALUATION}.distributional.steps=1", f"{EVALUATION}.distributional.loss=ce",
+    "data.crop=1", "attack.steps=2", "evaluation.curve=[]", f"{EVALUATION}.pgd.steps=1",
+    f"{EVALUATION}.wpgd.steps=1", f"{EVALUATION}.wpgd.loss=ce",
 ]  # fmt: skip
+
+
+MORE = {  # of a recipe: the objective is that of all, for losses that can be compared
+    name: [f"objective.label_smoothing={means[3]}", f"objective.smooth={means[4]}"] for name, means in MEANS.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +216,8 @@ def trained(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setitem(LOCAL, "small_cnn", with_norms)
-                result = run_script(ROOT / "train.py", *THREE_STEPS, f"schedule={name}", f"hydra.run.dir={folder}")
+                given = [*recipe(name), *THREE_STEPS, "objective=wdat", *MORE.get(name, [])]
+                result = run_script(ROOT / "train.py", *given, f"hydra.run.dir={folder}")
             assert (result.status, result.err) == (0, ""), result.err
             (log,) = folder.rglob("metrics.csv")
             rows = [r for r in csv.DictReader(log.read_text().splitlines()) if r["train/loss_clean"]]
@@ -238,10 +231,10 @@ def trained(tmp_path_factory):
     return one
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_with_all_of_a_recipe(name, trained):
     run = trained(name)
-    decay, nesterov, exempt, smoothing, smooth, averaging, _, _ = MEANS[name]
+    decay, nesterov, exempt, smoothing, smooth, averaging, *_ = MEANS[name]
     assert run.saved["global_step"] == len(run.losses) == 3
 
     cycled = name in ("rebuffi2021_pytorch", "wang2023")  # at the start of the third of three steps
@@ -260,7 +253,7 @@ def test_three_steps_with_all_of_a_recipe(name, trained):
         moved = [not torch.equal(run.saved["state_dict"][key], current[key]) for key in names]
         assert all(moved), "the average is behind the weights"
 
-    plain = trained("finetune20").losses[0]  # at the same weights, on the same images
+    plain = trained(FINE_TUNING).losses[0]  # at the same weights, on the same images
     if smoothing and smooth == "all":
         assert abs(run.losses[0] - plain) > 1e-3
     else:
@@ -285,28 +278,17 @@ class First(L.Callback):
 
 @pytest.mark.parametrize("name", ["rebuffi2021", "wang2023"])
 def test_labels_of_synthetic_images_are_smoothed_in_training(name):
-    objective = instantiate(composed(f"schedule={name}", "objective=clean").objective)
+    objective = instantiate(composed(f"experiment={name}", "objective=clean").objective)
     data = Mixed("digits", 10, batch_size=16, val_size=16, limit_train=16)
     data.setup()
-    first, notices = First(), []
+    first = First()
     module = module_for(partial(torch.optim.SGD, lr=0.1), lambda t: 1.0, objective)
-    module.notice = notices.append
     (batch,) = data.train_dataloader()
     logits = module_for(None, None).network.train()(batch.x).detach()
     share = torch.full((16,), 0.1) if name == "wang2023" else 0.1 * (batch.position % 2)
     target = nn.functional.one_hot(batch.y, 10) * (1 - share[:, None]) + share[:, None] / 10
     fit(module, data, 1, first)
     assert first.loss == pytest.approx(float(-(target * logits.log_softmax(1)).sum(1).mean()), rel=1e-5)
-    assert notices == []
-
-
-def test_a_missing_notice_is_a_warning():
-    """From Python, where nobody prints notices."""
-    module = module_for(
-        partial(torch.optim.SGD, lr=0.1), lambda t: 1.0, Objective(label_smoothing=0.1, smooth="synthetic")
-    )
-    with pytest.warns(UserWarning, match="no synthetic images"):
-        fit(module, images(), 1)
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

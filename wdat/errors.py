@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
 
 DIVERGED = (
-    "go on from the last good checkpoint with a smaller schedule.optimizer.lr, with trainer.gradient_clip_val=1 or "
+    "go on from the last good checkpoint with a smaller optimizer.lr, with trainer.gradient_clip_val=1 or "
     "with trainer.precision=32-true"
 )
 
@@ -68,3 +69,42 @@ def unknown(kind: str, name: object, valid: Iterable[str], setting: str) -> Sett
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
     more = f" ({len(names)} in all)" if not near and len(names) > 12 else ""
     return SettingError(f"unknown {kind} '{name}' ({setting}): {hint}{more}")
+
+
+def check_whole(setting: str, value: object, least: int = 1, hint: str = "") -> None:
+    """Refuse what isn't a whole number: neither 10.5 nor 10.0 nor `true` is one.
+
+    Args:
+        setting: The key on the command line, such as `"attack.steps"`.
+        value: As given.
+        least: The smallest that will do.
+        hint: What else can be said, such as `"null for none"`.
+
+    Raises:
+        SettingError: If it is something else, or smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        bound = f"of at least {least}" if least else "and not negative"
+        raise SettingError(f"{setting}={value} must be a whole number {bound}{f'; {hint}' if hint else ''}")
+
+
+def check_real(setting: str, value: object, interval: str, hint: str = "") -> None:
+    """Refuse what isn't a number in an interval.
+
+    Args:
+        setting: The key on the command line.
+        value: As given.
+        interval: As it is written in mathematics, such as `"[0, 1)"` or `"(0, inf)"`.
+        hint: What else can be said, such as `"in units of the radius"`.
+
+    Raises:
+        SettingError: If it is something else, or lies outside.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(value)
+        above = number >= low if interval[0] == "[" else number > low
+        below = number <= high if interval[-1] == "]" else number < high
+        if above and below:
+            return
+    raise SettingError(f"{setting}={value} must be a number in {interval}{f'; {hint}' if hint else ''}")

@@ -64,7 +64,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         raise SettingError(
             "the losses dlr and redlr need at least three classes; use ce: losses=[ce], attack.loss=ce, "
-            "callbacks.robust_evaluation.distributional.loss=ce"
+            "evaluation.attack_options.wpgd.loss=ce"
         )
     z = _precise(logits)
     top = z.topk(3, dim=1).values

@@ -1,161 +1,239 @@
-"""Training objectives: sums of named, averaged terms.
+"""Training objectives: one small class each, called with a network, a batch and what surrounds the step.
 
-E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `wdat` has β_p = 0 [A], `trades` β_w = 0 [T],
-`combined` both. `pgd_at` is E[CE(f(x_p), y)] (Madry et al. 2018), `attack_at` E[CE(f(x_w), y)], `clean` E[CE(f(x), y)].
+E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `WDAT` has β_p = 0 [A], `TRADES` β_w = 0 [T],
+`Combined` both. `PGDAT` is E[CE(f(x_p), y)] (Madry et al. 2018), `AttackAT` E[CE(f(x_w), y)], `Clean` E[CE(f(x), y)].
 Label smoothing changes the cross-entropies only; divergences and attacks stay as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from wdat.attacks import Attack
-from wdat.errors import SettingError, unknown
+from wdat.attacks import PGD, Attack
+from wdat.data.batch import Batch
+from wdat.errors import SettingError, check_real, unknown
 from wdat.losses import cross_entropy, kl_divergence, log_probabilities, smoothed_cross_entropy
 from wdat.threat import parse_budget
 
 SMOOTH = ("all", "synthetic")
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Averages over a batch; the ones that an objective doesn't have are None.
+class Term(NamedTuple):
+    """One summand of an objective.
 
     Attributes:
-        loss: What is minimised.
-        loss_clean: E[CE(f(x), y)].
-        loss_pointwise: The term at x_p, without its factor.
-        loss_distributional: The term at x_w, without its factor.
+        values: (B,), one for each image of this process.
+        factor: What their mean is multiplied by.
     """
 
-    loss: Tensor
-    loss_clean: Tensor | None = None
-    loss_pointwise: Tensor | None = None
-    loss_distributional: Tensor | None = None
+    values: Tensor
+    factor: float = 1.0
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised, and which perturbed images it needs.
+Terms = dict[str, Term]  # by their names in the log: `clean`, `pointwise`, `distributional`, or an objective's own
+
+
+def total(terms: Terms) -> Tensor:
+    """The loss: the sum over the terms of their means, each times its factor."""
+    parts = [term.values.mean() if term.factor == 1 else term.factor * term.values.mean() for term in terms.values()]
+    loss = parts[0]
+    for part in parts[1:]:
+        loss = loss + part
+    return loss
+
+
+class StepContext(Protocol):
+    """What an objective may ask for in one step; nothing is computed before it is asked for.
+
+    Attacks run in eval mode, as TRADES has it. `with_logits` says that `logits` will be asked for too: where train and
+    eval mode agree, one pass at the clean images then serves both.
+    """
+
+    def logits(self) -> Tensor:
+        """Logits (B, K) of the clean images in train mode, with gradients."""
+        ...
+
+    def distributional(self, with_logits: bool = False) -> Tensor:
+        """Images (B, C, H, W) moved by the run's distributional attack, x_w."""
+        ...
+
+    def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
+        """Images (B, C, H, W) moved by another attack at p = inf, x_p; `delta` None for the threat's budget."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What is minimised.
 
     Attributes:
-        beta_p: Factor of the pointwise term; 0 leaves it out.
-        beta_w: Factor of the distributional term; 0 leaves it out.
-        clean: Whether there is a clean term.
-        divergence: Whether perturbed terms are KL divergences from the clean prediction, or cross-entropies.
-        pointwise_attack: Gives x_p, at p = inf.
-        pointwise_delta: Budget of x_p in pixel units; None for the threat's.
-        label_smoothing: Share of each label that is spread over all classes, in [0, 1).
+        label_smoothing: Share of each label that the cross-entropies spread over all classes, in [0, 1).
         smooth: Which labels: `all`, or those of `synthetic` images only.
 
     Raises:
-        SettingError: If a factor is negative, the pointwise attack is missing or no pointwise one, or the smoothing is
-            out of range.
+        SettingError: If a setting is out of range.
     """
 
-    beta_p: float = 0.0
-    beta_w: float = 0.0
-    clean: bool = True
-    divergence: bool = True
-    pointwise_attack: Attack | None = None
-    pointwise_delta: float | str | None = None
     label_smoothing: float = 0.0
     smooth: str = "all"
 
     def __post_init__(self) -> None:
-        for key in ("beta_p", "beta_w"):
-            if not getattr(self, key) >= 0:
-                raise SettingError(f"objective.{key}={getattr(self, key)} must not be negative")
-        if self.beta_p > 0 and (self.pointwise_attack is None or not self.pointwise_attack.pointwise):
-            raise SettingError("objective.pointwise_attack must be a pointwise attack (pgd or fgsm) where beta_p > 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise SettingError(f"objective.label_smoothing={self.label_smoothing} must be a share in [0, 1)")
+        check_real("objective.label_smoothing", self.label_smoothing, "[0, 1)", "a share of the label")
         if self.smooth not in SMOOTH:
             raise unknown("choice of labels", self.smooth, SMOOTH, "objective.smooth")
-        if not self.clean and self.beta_p == 0 and self.beta_w == 0:
-            raise SettingError("objective has no term: set beta_p or beta_w, or clean=true")
-        _ = self.pointwise_budget  # refuses an unreadable one before any work
 
-    @property
-    def pointwise_budget(self) -> float | None:
-        """Budget of x_p in pixel units; None for the threat's."""
-        delta = self.pointwise_delta
-        return None if delta is None else parse_budget(delta, "objective.pointwise_delta")
-
-    @property
-    def uses_attack(self) -> bool:
-        """Whether the distributional attack (`attack=…`) takes part."""
-        return self.beta_w > 0
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a term is made of the clean logits."""
-        return self.clean or self.divergence
-
-    @property
-    def smooths_synthetic(self) -> bool:
-        """Whether labels are smoothed, and those of synthetic images only."""
-        return self.label_smoothing > 0 and self.smooth == "synthetic"
-
-    def cross_entropy(self, logits: Tensor, y: Tensor, synthetic: Tensor | None = None) -> Tensor:
-        """Cross-entropy to the labels, smoothed where that is asked for; (N, K), (N,), (N,) bool or None → (N,)."""
-        if self.label_smoothing == 0 or (self.smooths_synthetic and synthetic is None):
-            return cross_entropy(logits, y)
-        chosen = synthetic if self.smooths_synthetic and synthetic is not None else 1.0
-        return smoothed_cross_entropy(logits, y, self.label_smoothing * chosen)
-
-    def __call__(
-        self,
-        network: nn.Module,
-        logits: Tensor | None,
-        y: Tensor,
-        x_p: Tensor | None,
-        x_w: Tensor | None,
-        synthetic: Tensor | None = None,
-    ) -> Terms:
-        """The terms on one batch; perturbed images pass through the network here, in its present mode.
-
-        Raises:
-            ValueError: If what a term needs is missing.
+    @abstractmethod
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        """The terms on one process's part of a batch; perturbed images pass through the network here.
 
         Args:
             network: In train mode, with gradients.
-            logits: Clean logits (N, K) with gradients; None where neither the clean term nor a divergence needs them.
-            y: Labels (N,).
-            x_p: Images (N, C, H, W) of the pointwise attack, if the objective has that term.
-            x_w: Images of the distributional attack, if the objective has that term.
-            synthetic: Which images are synthetic, (N,) bool; None where none are.
+            batch: Images, labels, and which images are synthetic.
+            context: Gives clean logits and perturbed images.
         """
-        missing = [
-            n
-            for n, v, wanted in (
-                ("logits", logits, self.needs_logits),
-                ("x_p", x_p, self.beta_p > 0),
-                ("x_w", x_w, self.beta_w > 0),
+
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy to the labels, smoothed where that is asked for; (B, K) → (B,)."""
+        if self.label_smoothing == 0 or (self.smooth == "synthetic" and batch.synthetic is None):
+            return cross_entropy(logits, batch.y)
+        chosen = batch.synthetic if self.smooth == "synthetic" and batch.synthetic is not None else 1.0
+        return smoothed_cross_entropy(logits, batch.y, self.label_smoothing * chosen)
+
+    def _divergences(
+        self, network: nn.Module, batch: Batch, context: StepContext, **moved: tuple[Tensor | None, float]
+    ) -> Terms:
+        """The clean term, and KL divergences at moved images with their factors; None where that is 0."""
+        logits = context.logits()
+        terms = {"clean": Term(self.cross_entropy(logits, batch))}
+        log_clean = log_probabilities(logits)
+        for name, (x, factor) in moved.items():
+            if x is not None:
+                terms[name] = Term(kl_divergence(network(x), log_clean), factor)
+        return terms
+
+
+def _check_factor(key: str, value: float) -> None:
+    check_real(f"objective.{key}", value, "[0, inf)", "a factor isn't negative, and 0 leaves its term out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Objective):
+    """E[CE(f(x), y)]."""
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        return {"clean": Term(self.cross_entropy(context.logits(), batch))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WDAT(Objective):
+    """E[CE(f(x), y)] + β_w E[KL(f(x) ‖ f(x_w))] [A].
+
+    Attributes:
+        beta_w: β_w, factor of the distributional term.
+    """
+
+    beta_w: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factor("beta_w", self.beta_w)
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        x_w = context.distributional(with_logits=True) if self.beta_w else None
+        return self._divergences(network, batch, context, distributional=(x_w, self.beta_w))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackAT(Objective):
+    """E[CE(f(x_w), y)]: adversarial training with the distributional attack **(ours)**."""
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        x_w = context.distributional()
+        return {"distributional": Term(self.cross_entropy(network(x_w), batch))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pointwise(Objective):
+    """What objectives with images x_p have in common.
+
+    Attributes:
+        pointwise_attack: Gives x_p, at p = inf.
+        pointwise_delta: Budget of x_p in pixel units; None for the threat's.
+    """
+
+    pointwise_attack: Attack = field(default_factory=lambda: PGD(loss="kl", steps=10, step_size=0.25))
+    pointwise_delta: float | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pointwise_attack.pointwise:
+            raise SettingError(
+                "objective.pointwise_attack must be a pointwise attack, such as wdat.attacks.PGD or FGSM"
             )
-            if wanted and v is None
-        ]
-        if missing:
-            raise ValueError(f"this objective needs {', '.join(missing)}")
-        clean = self.cross_entropy(logits, y, synthetic).mean() if self.clean and logits is not None else None
-        log_clean = log_probabilities(logits) if self.divergence and logits is not None else None
+        _ = self._delta  # refuses an unreadable one before any work
 
-        def term(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            if log_clean is None:
-                return self.cross_entropy(network(x), y, synthetic).mean()
-            return kl_divergence(network(x), log_clean).mean()
+    @property
+    def _delta(self) -> float | None:
+        given = self.pointwise_delta
+        return None if given is None else parse_budget(given, "objective.pointwise_delta")
 
-        pointwise = term(x_p) if self.beta_p > 0 else None
-        distributional = term(x_w) if self.beta_w > 0 else None
-        parts = [clean]
-        parts += [None if pointwise is None else self.beta_p * pointwise]
-        parts += [None if distributional is None else self.beta_w * distributional]
-        present = [part for part in parts if part is not None]
-        loss = present[0]
-        for part in present[1:]:
-            loss = loss + part
-        return Terms(loss, clean, pointwise, distributional)
+    def _moved(self, context: StepContext, with_logits: bool) -> Tensor:
+        return context.pointwise(self.pointwise_attack, self._delta, with_logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES(_Pointwise):
+    """E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] [T].
+
+    Attributes:
+        beta_p: β_p, factor of the pointwise term.
+    """
+
+    beta_p: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factor("beta_p", self.beta_p)
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        x_p = self._moved(context, with_logits=True) if self.beta_p else None
+        return self._divergences(network, batch, context, pointwise=(x_p, self.beta_p))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(_Pointwise):
+    """E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))].
+
+    Attributes:
+        beta_p: β_p, factor of the pointwise term.
+        beta_w: β_w, factor of the distributional term.
+    """
+
+    beta_p: float = 3.0
+    beta_w: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factor("beta_p", self.beta_p)
+        _check_factor("beta_w", self.beta_w)
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        x_w = context.distributional(with_logits=True) if self.beta_w else None
+        x_p = self._moved(context, with_logits=True) if self.beta_p else None
+        moved = {"pointwise": (x_p, self.beta_p), "distributional": (x_w, self.beta_w)}
+        return self._divergences(network, batch, context, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGDAT(_Pointwise):
+    """E[CE(f(x_p), y)] (Madry et al. 2018)."""
+
+    pointwise_attack: Attack = field(default_factory=lambda: PGD(loss="ce", steps=10, step_size=0.25))
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        x_p = self._moved(context, with_logits=False)
+        return {"pointwise": Term(self.cross_entropy(network(x_p), batch))}

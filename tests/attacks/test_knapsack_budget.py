@@ -17,7 +17,7 @@ from wdat.attacks import Context, attack, build
 from wdat.attacks.knapsack_allocation import solve
 from wdat.data import ImageDataModule
 from wdat.errors import SettingError
-from wdat.objectives import Objective
+from wdat.objectives import TRADES, WDAT
 from wdat.sensitivity import Batch, Ema, Exact, Subsample
 from wdat.threat import ThreatModel
 from wdat.training.module import WDATModule
@@ -246,15 +246,15 @@ def digits(**options):
 
 def fit(network, inner, sensitivity, objective=None, threat=None, steps=3, seen=None):
     module = WDATModule(
-        network, objective or Objective(beta_w=6), inner, threat or ThreatModel(2, "linf", 0.05), sensitivity,
-        partial(torch.optim.SGD, lr=0.005), Constant(), models.keep_frozen_in_eval, seed=11,
+        network, objective or WDAT(), inner, threat or ThreatModel(2, "linf", 0.05), sensitivity,
+        partial(torch.optim.SGD, lr=0.005), Constant(), models.keep_frozen_in_eval, seed=11, notify=print,
     )  # fmt: skip
 
     class See(L.Callback):
-        def on_train_batch_end(self, trainer, module, *_):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
             if seen is not None:
                 sample = module.sensitivity.sample()
-                seen.append((module.last_attack, None if sample is None else sample.values.clone()))
+                seen.append((outputs["attack_result"], None if sample is None else sample.values.clone()))
 
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[See()],
@@ -288,7 +288,7 @@ def network():
 def test_a_step_costs_less_than_a_trades_step(network, name):
     inner = {"loss": "kl", "steps": 4, "step_size": 0.5}
     trades = Counting(copy.deepcopy(network))
-    fit(trades, build("wpgd_budget", **inner), Batch(), Objective(beta_p=6, pointwise_attack=build("pgd", **inner)))
+    fit(trades, build("wpgd_budget", **inner), Batch(), TRADES(pointwise_attack=build("pgd", **inner)))
     ours = Counting(copy.deepcopy(network))
     fit(ours, build(name, **inner), Batch())
     assert len(trades.inputs) == 3 * 4

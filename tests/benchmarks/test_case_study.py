@@ -20,8 +20,9 @@ from benchmarks.case_study import Study
 from sweeps import grids
 from wdat.attacks.knapsack_allocation import solve
 from wdat.errors import SettingError
+from wdat.objectives import PGDAT, TRADES, AttackAT
 from wdat.records import Record, RecordFile
-from wdat.threat import ThreatModel
+from wdat.threat import ThreatModel, parse_budget
 
 ROOT = Path(__file__).parents[2]
 STUDY = Study("resnet2b", Path("out"), Path("FILE.npz"), autoattack=True)
@@ -37,28 +38,29 @@ def test_every_arm_composes_and_is_what_it_says(arm):
     cfg = grids.composed(commands(arm)[0][1:])
     objective, attack = instantiate(cfg.objective), instantiate(cfg.attack)
     delta = 2 / 255
-    inner = attack if objective.uses_attack else objective.pointwise_attack
+    own = isinstance(objective, (TRADES, PGDAT))
+    inner = objective.pointwise_attack if own else attack
     assert inner.steps * inner.step_size == pytest.approx(2.5, rel=1e-3)
-    assert inner.loss == ("kl" if objective.divergence else "ce")
+    assert inner.loss == ("ce" if isinstance(objective, (PGDAT, AttackAT)) else "kl")
     assert (cfg.trainer.max_epochs, cfg.seed, cfg.data.flip) == (20, 3, True)
     assert cfg.data.crop == (4 if arm == "draw_crop" else 0)
-    assert cfg.schedule.optimizer.lr == {"slow": 0.005, "slowest": 0.001}.get(arm.split("_")[-1], 0.02)
+    assert cfg.optimizer.lr == {"slow": 0.005, "slowest": 0.001}.get(arm.split("_")[-1], 0.02)
     wider = {"wdat_2": 2, "budget_at_2": 2, "wdat_3": 3}.get(arm, 1)
     assert instantiate(cfg.threat).delta == pytest.approx(wider * delta)
     reach = {"pgd_at_2": 2 * delta, "trades_2": 2 * delta, "pgd_at": delta, "trades": delta}
     if arm in reach:
-        assert not objective.uses_attack
-        assert objective.pointwise_budget == pytest.approx(reach[arm])
+        assert own
+        assert parse_budget(objective.pointwise_delta) == pytest.approx(reach[arm])
     else:
-        assert objective.uses_attack
+        assert not own
         beta = {"combined": 3, "wdat_beta": 2}.get(arm, 6)
-        assert objective.beta_w == (beta if objective.clean else 1)
+        assert isinstance(objective, AttackAT) or objective.beta_w == beta
 
 
 def test_the_experiment_file_is_the_arm_that_was_best():
     arm = grids.composed(Study("cnn_a", Path("out"), Path("FILE.npz")).training("critical_draw", 3)[1:])
     file = grids.composed(["experiment=critical_draw", "threat.delta=2/255", "seed=3"])
-    for key in ("attack", "objective", "averaging", "schedule", "sensitivity", "finetune", "threat", "channels_last"):
+    for key in ("attack", "objective", "averaging", "optimizer", "scheduler", "sensitivity", "finetune", "threat"):
         assert file[key] == arm[key], key
     assert (file.data.crop, file.data.flip, file.data.batch_size) == (0, arm.data.flip, arm.data.batch_size)
     assert file.trainer.max_epochs == arm.trainer.max_epochs
@@ -79,11 +81,11 @@ def test_at_equal_cost_arms_have_fewer_epochs_from_scratch():
 def test_a_network_without_public_weights_is_trained_first_at_its_own_budget():
     study = Study("preact_resnet18", Path("out"), Path("FILE.npz"))
     first, trained = grids.composed(study.first()[1:]), grids.composed(study.training("pgd_at_2", 0)[1:])
-    assert (first.model.checkpoint, first.trainer.max_epochs, first.schedule.optimizer.lr) == (None, 30, 0.1)
+    assert (first.model.checkpoint, first.trainer.max_epochs, first.optimizer.lr) == (None, 30, 0.1)
     assert instantiate(first.threat).p == math.inf
     assert Path(trained.model.checkpoint) == Path("out/preact_resnet18/first/train/checkpoints/last.ckpt")
     assert instantiate(trained.threat).delta == pytest.approx(8 / 255)
-    assert instantiate(trained.objective).pointwise_budget == pytest.approx(16 / 255)
+    assert parse_budget(trained.objective.pointwise_delta) == pytest.approx(16 / 255)
     assert trained.trainer.precision == first.trainer.precision == "bf16-mixed"
     evaluated = _evaluation(study.evaluations("as_found", 0)["test_jpeg"][1:])
     assert evaluated.model.checkpoint == trained.model.checkpoint

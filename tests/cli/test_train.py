@@ -30,14 +30,14 @@ from wdat.records import read
 
 SCRIPT = Path(__file__).parents[2] / "train.py"
 LOCALLY = ["trainer.accelerator=cpu", "trainer.devices=1"]
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 QUICK = [
-    "experiment=quickstart", *LOCALLY, "trainer.check_val_every_n_epoch=1", "attack.steps=2", "curve=[0.5]",
+    "experiment=quickstart", *LOCALLY, "trainer.check_val_every_n_epoch=1", "attack.steps=2", "evaluation.curve=[0.5]",
     "pretrain.max_epochs=6", "data.batch_size=32",
-    "trainer.max_epochs=2", "trainer.log_every_n_steps=3", f"{EVALUATION}.pointwise.steps=4",
-    f"{EVALUATION}.pointwise.step_size=0.5", f"{EVALUATION}.distributional.steps=4",
-    f"{EVALUATION}.distributional.step_size=0.5", "data.limit_train=320", "data.limit_val=30", "data.limit_test=35",
-    "schedule.optimizer.lr=0.005",
+    "trainer.max_epochs=2", "trainer.log_every_n_steps=3", f"{EVALUATION}.pgd.steps=4",
+    f"{EVALUATION}.pgd.step_size=0.5", f"{EVALUATION}.wpgd.steps=4",
+    f"{EVALUATION}.wpgd.step_size=0.5", "data.limit_train=320", "data.limit_val=30", "data.limit_test=35",
+    "optimizer.lr=0.005",
 ]  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_remembers_the_best(finished, resumed):
 
 def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
     """Also where it isn't the best: here nothing is learnt, so no epoch is better than the first."""
-    shorter = ["pretrain.max_epochs=0", "data.limit_train=64", "curve=[]", "schedule.optimizer.lr=0"]
+    shorter = ["pretrain.max_epochs=0", "data.limit_train=64", "evaluation.curve=[]", "optimizer.lr=0"]
     assert train(*QUICK, *shorter, "hydra.run.dir=run").status == 0
     saved = {f.name: torch.load(f, weights_only=True)["epoch"] for f in Path("run/checkpoints").iterdir()}
     assert saved["last.ckpt"] == 1
@@ -222,7 +222,7 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
 
 
 def test_jobs_in_one_process_of_which_one_fails(tmp_path):
-    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.status == 2
     said = result.err.splitlines()
@@ -241,7 +241,7 @@ def test_jobs_in_one_process_of_which_one_fails(tmp_path):
 
 def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
     run = tmp_path / "run"
-    few = ["pretrain.max_epochs=0", "data.limit_train=64", "curve=[]", "trainer.precision=64-true"]
+    few = ["pretrain.max_epochs=0", "data.limit_train=64", "evaluation.curve=[]", "trainer.precision=64-true"]
     assert train(*QUICK, *few, f"hydra.run.dir={run}").status == 0
     last = run / "checkpoints" / "last.ckpt"
     whole = torch.load(last, weights_only=True)["state_dict"]
@@ -255,9 +255,11 @@ def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
 
 
 def test_the_switches_for_speed(tmp_path):
-    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     run = tmp_path / "run"
-    result = train(*QUICK, *shorter, "trainer.precision=bf16-mixed", "channels_last=true", f"hydra.run.dir={run}")
+    result = train(
+        *QUICK, *shorter, "trainer.precision=bf16-mixed", "finetune.channels_last=true", f"hydra.run.dir={run}"
+    )
     assert (result.status, result.err) == (0, "")
     plain = train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / 'plain'}")
     assert plain.status == 0
@@ -289,7 +291,7 @@ def test_a_pool_of_synthetic_images(tmp_path):
 
 
 def test_a_run_is_a_function_of_its_seed(tmp_path):
-    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     values = []
     for name in ("one", "two"):
         assert train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / name}").status == 0
@@ -308,7 +310,7 @@ def test_no_epochs_is_an_evaluation(tmp_path):
 
 @pytest.mark.parametrize("objective", ["trades", "clean"])
 def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
-    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     result = train(*QUICK, *shorter, f"objective={objective}", f"hydra.run.dir={tmp_path / 'run'}")
     assert result.status == 0, result.err
     assert result.out.count("attack=wpgd_budget is not used") == 1
@@ -357,8 +359,8 @@ BAD = {
     "objective.beta_w=-1": ["objective.beta_w", "negative"],
     "objective.label_smoothing=1": ["objective.label_smoothing", "[0, 1)"],
     "objective.smooth=synthetics": ["objective.smooth", "synthetic"],
-    "schedule.exempt=[norms]": ["schedule.exempt", "norm"],
-    "schedule.per_batch=0": ["schedule.per_batch", "null"],
+    "optimizer.exempt=[norms]": ["optimizer.exempt", "norm"],
+    "optimizer.per_batch=0": ["optimizer.per_batch", "null"],
     "sensitivity.every=0": ["sensitivity.every", "at least 1"],
     "averaging=ema averaging.decay=1": ["averaging.decay"],
     "averaging=ema averaging.start=1": ["averaging.start"],
@@ -454,7 +456,7 @@ def test_from_a_shell(tmp_path):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     """35 test images, an odd number: none is left out and none counted twice."""
-    shorter = [*QUICK, "trainer.max_epochs=1", "pretrain.max_epochs=1", "data.limit_train=64", "curve=[]"]
+    shorter = [*QUICK, "trainer.max_epochs=1", "pretrain.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     found = []
     for devices in (1, 2):
         folder = tmp_path / f"on_{devices}"
@@ -477,7 +479,8 @@ def test_a_real_network_on_real_images(shared, tmp_path):
         pytest.skip(f"no {weights} or {images}")
     result = train(
         "model=resnet2b", f"model.checkpoint={weights}", "data=npz", f"data.path={images}", "threat.delta=2/255",
-        "attack=wpgd_budget", "trainer.max_epochs=1", "data.limit_train=256", "curve=[]", *LOCALLY, "hydra.run.dir=run",
+        "attack=wpgd_budget", "trainer.max_epochs=1", "data.limit_train=256", "evaluation.curve=[]", *LOCALLY,
+        "hydra.run.dir=run",
     )  # fmt: skip
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))
@@ -503,7 +506,7 @@ def test_a_network_of_the_zoo_trains(tmp_path):
     short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pointwise", "distributional")]
     result = train(
         "model=robustbench", f"model.name={name}", "model.root=zoo", "data=digits", "trainer.max_epochs=1",
-        "attack.steps=2", "curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",
+        "attack.steps=2", "evaluation.curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",
     )  # fmt: skip
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from wdat import models
 from wdat.attacks import build
 from wdat.data import ImageDataModule
+from wdat.sensitivity import with_pool
 from wdat.training.callbacks import RobustEvaluation
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import Constant
@@ -62,19 +63,26 @@ def fitted(work: dict[str, Any], case: dict[str, Any], world: int) -> dict[str, 
         val_size=case.get("val_size", 3), limit_train=case.get("limit_train", 48),
         synthetic={"path": work["pool"], "sample": 40, **case["synthetic"]} if "synthetic" in case else None,
     )  # fmt: skip
+    data.setup()
+    sensitivity = instantiate(cfg.sensitivity)
+    if data.pool is not None:
+        chosen = data.synthetic
+        sensitivity = with_pool(sensitivity, data.pool, data.pool_share, chosen.sample, chosen.every)
     module = WDATModule(
         network,
         instantiate(cfg.objective),
         instantiate(cfg.attack),
         instantiate(cfg.threat),
-        instantiate(cfg.sensitivity),
+        sensitivity,
         partial(torch.optim.SGD, lr=0.05, momentum=0.9),
         Constant(),
         keep_eval=evaluated if case.get("norm") else models.keep_frozen_in_eval,
         seed=cfg.seed,
+        notify=lambda text: None,
     )
     few = {"steps": 3, "step_size": 0.5}
-    evaluation = RobustEvaluation(build("pgd", **few), build("wpgd", loss="ce", **few), batch_size=5)
+    threat, attacks = instantiate(cfg.threat), [build("pgd", **few), build("wpgd", loss="ce", **few)]
+    evaluation = RobustEvaluation(threat, attacks, batch_size=5)
     driver = trainer(world, {"callbacks": [evaluation], **case.get("trainer", {})})
     driver.fit(module, data)
     figures = {f"logged {k}": torch.as_tensor(v).double() for k, v in driver.callback_metrics.items()}

@@ -238,7 +238,7 @@ def test_a_real_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     steps = [f"callbacks.robust_evaluation.{kind}.steps=2" for kind in ("pointwise", "distributional")]
     trained = run_script(
         ROOT / "train.py", *few, *steps, "trainer.max_epochs=1", "attack.steps=2", "data.limit_train=32",
-        "data.limit_val=8", "curve=[]", "averaging=ema", "trainer.accelerator=cpu", "hydra.run.dir=run",
+        "data.limit_val=8", "evaluation.curve=[]", "averaging=ema", "trainer.accelerator=cpu", "hydra.run.dir=run",
     )  # fmt: skip
     assert trained.status == 0, trained.err
     evaluated = run_script(

@@ -16,7 +16,7 @@ from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.evaluation import evaluate
 from wdat.models.local import LOCAL
-from wdat.objectives import Objective
+from wdat.objectives import WDAT
 from wdat.sensitivity import Table
 from wdat.training.module import WDATModule, is_compiled
 from wdat.training.schedulers import Constant
@@ -55,7 +55,7 @@ def pretrained(data):
 def made(network, **options):
     """W-DAT of a network; the options are the attack's."""
     attack, optimizer = build("wpgd_budget", loss="kl", **options), partial(torch.optim.SGD, lr=0.01)
-    return WDATModule(network, Objective(beta_w=6), attack, THREAT, Table(), optimizer, Constant(), seed=SEED)
+    return WDATModule(network, WDAT(), attack, THREAT, Table(), optimizer, Constant(), seed=SEED)
 
 
 def trained(network, data, precision="32-true", steps=12):

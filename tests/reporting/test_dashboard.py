@@ -24,11 +24,11 @@ from wdat.training.callbacks import AttackLog
 from wdat.training.loggers import TensorBoardLogger, WandbLogger
 
 SCRIPT = Path(__file__).parents[2] / "train.py"
-EVALUATION = "callbacks.robust_evaluation"
+EVALUATION = "evaluation.attack_options"
 SHORT = [
     "experiment=quickstart", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.check_val_every_n_epoch=1",
-    "attack.steps=2", "curve=[0.5]", "pretrain.max_epochs=0", "data.batch_size=32", "trainer.max_epochs=1",
-    "trainer.log_every_n_steps=1", f"{EVALUATION}.pointwise.steps=2", f"{EVALUATION}.distributional.steps=2",
+    "attack.steps=2", "evaluation.curve=[0.5]", "pretrain.max_epochs=0", "data.batch_size=32", "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1", f"{EVALUATION}.pgd.steps=2", f"{EVALUATION}.wpgd.steps=2",
     "data.limit_train=64", "data.limit_val=10", "data.limit_test=12", "objective=combined",
     "objective.pointwise_attack.steps=1",
 ]  # fmt: skip

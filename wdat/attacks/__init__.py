@@ -1,6 +1,7 @@
 """Attacks under a Wasserstein budget, one file per idea.
 
-`attack` is for users with a network of their own; `build` makes an attack by name, as the configurations do.
+`attack` is for users with a network of their own; `build` makes an attack of the package by its name.
+Configurations name a class.
 """
 
 from __future__ import annotations
@@ -27,9 +28,19 @@ ATTACKS: dict[str, type[Attack]] = {
 
 __all__ = [
     "ATTACKS",
+    "FGSM",
+    "PGD",
+    "WFGSM",
+    "WPGD",
     "Attack",
     "AttackResult",
+    "AutoAttack",
     "Context",
+    "Critical",
+    "CriticalDraw",
+    "Knapsack",
+    "KnapsackBudget",
+    "WPGDBudget",
     "allocate",
     "attack",
     "build",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wdat.errors import SettingError
+from wdat.errors import check_real
 from wdat.sensitivity import Sample, Sensitivity
 from wdat.threat import ThreatModel
 
@@ -90,10 +90,7 @@ def allocate(norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, radiu
         return torch.full_like(norms, threat.delta)
     if radius_max is None:
         return sensitivity_radii(norms, sensitivity.upsilon(), threat.q, threat.delta)
-    if not radius_max >= 1:
-        raise SettingError(
-            f"attack.radius_max={radius_max:g} is in units of the budget and must be at least 1, or null"
-        )
+    check_real("attack.radius_max", radius_max, "[1, inf)", "it is in units of the budget: at least 1, or null")
     bound = radius_max * threat.delta
     sample = sensitivity.sample()
     if sample is None:  # nothing to solve on: what the cap cuts is lost

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.distributed import ALONE, Processes, together
-from wdat.errors import ConstraintError, SettingError
+from wdat.errors import ConstraintError, SettingError, check_whole
 from wdat.gradients import forward, ordinary, undisturbed
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel
@@ -152,8 +152,7 @@ class Attack(ABC):
     batch_size: int = field(default=512, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SettingError(f"attack.batch_size={self.batch_size} must be at least 1")
+        check_whole("attack.batch_size", self.batch_size)
 
     def threat_of(self, threat: ThreatModel) -> ThreatModel:
         """The attack's own threat: p = inf for the pointwise ones.
@@ -166,6 +165,10 @@ class Attack(ABC):
         if threat.p == 1:
             raise SettingError(f"attack {self.name} needs threat.p > 1; p = 1 is for the knapsack only")
         return threat
+
+    def is_uniform(self, threat: ThreatModel) -> bool:
+        """Whether every image has the radius δ, whatever Υ is; the threat is any, this attack's own counts."""
+        return self.threat_of(threat).is_pointwise and not self.by_distance
 
     def __call__(
         self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wdat.attacks.allocation import allocate
 from wdat.attacks.base import Context, Moved
 from wdat.attacks.gradient import GradientAttack, Move
-from wdat.errors import SettingError
+from wdat.errors import check_real
 from wdat.gradients import input_gradients
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, contract, direction, per_image
@@ -37,8 +37,9 @@ class WPGDBudget(GradientAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.radius_max is not None and not self.radius_max >= 1:
-            raise SettingError(f"attack.radius_max={self.radius_max:g} is in units of the budget: at least 1, or null")
+        if self.radius_max is not None:
+            hint = "it is in units of the budget: at least 1, or null for no cap"
+            check_real("attack.radius_max", self.radius_max, "[1, inf)", hint)
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         clean, norms = None, None

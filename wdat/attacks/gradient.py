@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.attacks.base import Attack, Context
-from wdat.errors import SettingError
+from wdat.errors import check_real, check_whole
 from wdat.gradients import Gradients, forward, gradients_of, input_gradients
 from wdat.losses import get_label_loss, get_loss, log_probabilities
 from wdat.sensitivity import Sensitivity
@@ -41,10 +41,8 @@ class GradientAttack(Attack):
         self._loss = get_loss(self.loss)
         name = self.radii_loss or ("ce" if self.loss == "kl" else self.loss)
         self._radii_loss = get_label_loss(name, "attack.radii_loss")
-        if self.steps < 1:
-            raise SettingError(f"attack.steps={self.steps} must be at least 1")
-        if not self.step_size > 0:
-            raise SettingError(f"attack.step_size={self.step_size} must be positive, in units of the radius")
+        check_whole("attack.steps", self.steps)
+        check_real("attack.step_size", self.step_size, "(0, inf)", "positive, in units of the radius")
 
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """Dual norms n_i of the radii loss at the clean images, (N,); call it inside `undisturbed`."""

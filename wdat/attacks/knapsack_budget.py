@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wdat.attacks.base import Context, Moved
 from wdat.attacks.budget import WPGDBudget
 from wdat.attacks.knapsack_allocation import critical_distance
-from wdat.errors import SettingError
+from wdat.errors import SettingError, check_real
 from wdat.gradients import Gradients
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, dual_norm
@@ -42,8 +42,7 @@ class KnapsackBudget(WPGDBudget):
             raise SettingError(f"attack.radii_loss={self.radii_loss}: {self.name} measures distances, set it to margin")
         if self.radius_max is not None:
             raise SettingError(f"attack.radius_max={self.radius_max:g}: {self.name} has no cap, leave it out")
-        if not self.kappa > 0:
-            raise SettingError(f"attack.kappa={self.kappa} must be positive; 1.2 is usual")
+        check_real("attack.kappa", self.kappa, "(0, inf)", "positive; 1.2 is usual")
 
     def threat_of(self, threat: ThreatModel) -> ThreatModel:
         """Any p in [1, inf]."""

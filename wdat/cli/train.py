@@ -1,43 +1,41 @@
-"""One training, from its composed configuration to its report."""
+"""Training from a composed configuration: build, test, fit, test the best, report."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
 from wdat import models
-from wdat.attacks import build
+from wdat.cli.build import build, build_attacks, check_classes, try_optimizer
 from wdat.cli.console import before_after, figures
 from wdat.cli.launch import one_at_a_time
-from wdat.errors import SettingError, unknown
-from wdat.objectives import Objective
+from wdat.errors import SettingError, check_real, check_whole, unknown
+from wdat.evaluation.evaluator import Progress, settings
+from wdat.objectives import Clean
 from wdat.records import Facts, RecordFile
 from wdat.reporting import dashboard
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
-from wdat.sensitivity import Batch
+from wdat.sensitivity import with_pool
 from wdat.terminal import PlainConsole
+from wdat.threat import ThreatModel
 from wdat.training import checkpointing as checkpoints
-from wdat.training import loggers
 from wdat.training.callbacks import RobustEvaluation, WorkProgress
 from wdat.training.checkpointing import SafeCheckpointIO
 from wdat.training.module import WDATModule
 from wdat.training.optimizers import peak_rate
 from wdat.training.schedulers import Cosine
 
-MONITORS = ("val/acc_clean", "val/acc_pointwise", "val/acc_distributional")  # larger is better
-
+METRICS = ("acc_clean", "acc_pointwise", "acc_distributional")  # larger is better
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
 
@@ -53,97 +51,160 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     """
     check(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    logger = instantiate(cfg.logger)  # first, because it may want a login
-    threat = instantiate(cfg.threat)
-    data = instantiate(cfg.data)
-    data.suit(models.preprocessing(cfg.model))
-    objective: Objective = instantiate(cfg.objective)
-    attack = instantiate(cfg.attack)
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    resume = newest(cfg, run_dir)
+    results = RecordFile(run_dir / "records.json" if first else None, fresh=not cfg.resume)
+    logger = build(cfg.logger, "logger")  # before longer work, because it may want a login
+    data, threat, optimizer = build(cfg.data, "data"), build(cfg.threat, "threat"), optimizer_of(cfg)
+    objective, attack = build(cfg.objective, "objective"), build(cfg.attack, "attack")
+    scheduler, sensitivity = build(cfg.scheduler, "scheduler"), build(cfg.sensitivity, "sensitivity")
+    facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
+    progress = WorkProgress()
+    evaluation = evaluation_of(cfg, threat, attack, results, facts, progress.report)
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    callbacks += [build(cfg.averaging, "averaging"), evaluation, progress]
+
     with one_at_a_time():
         data.prepare_data()
-        network = instantiate(cfg.model)
+        network = build(cfg.model, "model")
     data.setup()
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        callbacks=[instantiate(c) for c in (cfg.averaging, *cfg.callbacks.values()) if c],
-        logger=logger,
-        plugins=[SafeCheckpointIO()],
-    )
-    first = trainer.is_global_zero
-    results = RecordFile(run_dir / "records.json" if first else None, fresh=not cfg.resume)
-    facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
-    resume, notice = checkpoints.newest(run_dir) if cfg.resume else (None, None)
-    if notice:
-        say(notice)
-    begun = checkpoints.steps(resume) if resume else 0
-    if resume:
-        loggers.go_on(trainer.loggers, begun)
+    if cfg.pretrain.max_epochs and not resume:
+        pretrain(cfg, network, data, threat)
+    trained = build(cfg.finetune, "finetune")(network, image_shape=data.image_shape)
+    describe(cfg, network, trained, data)
+    if data.pool is not None:
+        sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
+    module = WDATModule(
+        network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
+        cfg.optimizer.exempt, notify=say, progress=progress.report,
+    )  # fmt: skip
+    callbacks = [callback for callback in callbacks if callback is not None]
+    trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])
+    trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     dashboard.begin(trainer.loggers, cfg)
 
-    if cfg.pretrain.max_epochs and not resume:
-        pretrain(cfg, network, data)
-    trained = models.prepare(network, **cfg.finetune, seed=cfg.seed, image_shape=data.image_shape)
-    models.accelerate(network, cfg.channels_last, cfg.compile)
-    describe(cfg.model.name, network, trained, data.splits)
-    if data.pool is not None:
-        say(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
-    if not objective.uses_attack:
-        say(f"this objective has no distributional term (beta_w = 0), so attack={cfg.attack.name} is not used")
-    module = WDATModule(
-        network,
-        objective,
-        attack,
-        threat,
-        instantiate(cfg.sensitivity),
-        optimizer_of(cfg),
-        instantiate(cfg.schedule.shape),
-        keep_eval=models.keep_frozen_in_eval,
-        seed=cfg.seed,
-        exempt=cfg.schedule.get("exempt") or (),
-    )
-    module.notice = say
-    trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning declares nowhere
-    evaluation = next(c for c in callbacks if isinstance(c, RobustEvaluation))
-    progress = next((c.report for c in callbacks if isinstance(c, WorkProgress)), None)
-    evaluation.describe(results, facts, progress)
-    module.report = progress or module.report
-
-    def measure(stage: str) -> None:
-        evaluation.stage = stage
-        trainer.test(module, data, verbose=False)
-        say(f"{stage} training, test images: {figures(evaluation.last)}")
-
     if not resume:
-        measure("before")
+        trainer.test(module, data, verbose=False)
+        say(f"before training, test images: {measured(results, 'before', threat)}")
     trainer.fit(module, data, ckpt_path=resume)
     results.forget("after")  # of a run that goes on: of other weights, or measured in part
-    best = chosen(trainer, run_dir)
-    if best:
-        state = torch.load(best, map_location=module.device, weights_only=True)
-        module.load_state_dict(state["state_dict"])
-        evaluation.facts = replace(facts, checkpoint=os.path.relpath(best, run_dir))
-    measure("after")
+    best = trainer.strategy.broadcast(chosen(trainer, run_dir) if first else None)
+    trainer.test(module, data, ckpt_path=best, verbose=False)
+    say(f"after training, test images: {measured(results, 'after', threat)}")
     if first:
-        picture = run_dir / "curve.png"
-        accuracy_against_budget(results.records, picture)
-        report = run_dir / "report.html"
-        write_report(results.records, report)
-        table = before_after(results.records, [evaluation.pointwise.name, evaluation.distributional.name], threat.delta)
-        console = PlainConsole(soft_wrap=False)
-        console.print(table)
-        files = {"checkpoint": best, "records": results.path, "report": report, "picture": picture}
-        said = "\n".join(f"{name:<10} {path}" for name, path in files.items())
-        console.print(said, highlight=False, soft_wrap=True)
+        report(results, run_dir, best, [attack.name for attack in evaluation.attacks], threat.delta)
         dashboard.finish(trainer.loggers, results.records, run_dir, best, trainer.global_step)
     return results
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse at once what Lightning would refuse in its own words, perhaps after an epoch.
+
+    Fills in what one part of the configuration knows of another where the files leave it open.
+    """
+    check_whole("seed", cfg.seed, 0)
+    if cfg.seed >= 2**32:
+        raise SettingError(f"seed={cfg.seed} must be below 2**32")
+    for key, least in (("max_epochs", 0), ("check_val_every_n_epoch", 1), ("log_every_n_steps", 1)):
+        check_whole(f"trainer.{key}", cfg.trainer[key], least)
+    if cfg.trainer.gradient_clip_val is not None:
+        check_real("trainer.gradient_clip_val", cfg.trainer.gradient_clip_val, "[0, inf)", "null for none")
+    check_whole("pretrain.max_epochs", cfg.pretrain.max_epochs, 0)
+    check_real("pretrain.lr", cfg.pretrain.lr, "(0, inf)")
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise SettingError(
+            f"trainer.precision={cfg.trainer.precision}: choose 32-true, or bf16-mixed, with which training and its "
+            "attacks run faster and evaluation stays in float32 (float16 loses input gradients)"
+        )
+    if "preprocessing" in cfg.data and cfg.data.preprocessing is None:
+        cfg.data.preprocessing = models.preprocessing(cfg.model)
+
+
+def newest(cfg: DictConfig, run_dir: Path) -> Path | None:
+    """The checkpoint from which a run goes on, of which the logger is told; None for a run that begins."""
+    if not cfg.resume:
+        return None
+    resume, notice = checkpoints.newest(run_dir)
+    if notice:
+        say(notice)
+    if cfg.logger is not None and "resumed_at" in cfg.logger:
+        cfg.logger.resumed_at = checkpoints.steps(resume)
+    return resume
+
+
+def evaluation_of(
+    cfg: DictConfig, threat: ThreatModel, attack: Any, records: RecordFile, facts: Facts, progress: Progress
+) -> RobustEvaluation:
+    """What measures on validation and test images; refuses what couldn't be measured."""
+    attacks, options = build_attacks(cfg.evaluation)
+    for factor in cfg.evaluation.curve:
+        check_real("evaluation.curve", factor, "(0, inf)", "budgets in units of threat.delta")
+    evaluation = RobustEvaluation(
+        threat, attacks, losses=list(cfg.evaluation.losses), options=options,
+        deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
+        records=records, facts=facts, progress=progress,
+    )  # fmt: skip
+    known = [f"val/{key}" for key in METRICS if key in evaluation.metrics]
+    if cfg.monitor not in known:
+        raise unknown("metric", cfg.monitor, known, "monitor")
+    losses = {f"evaluation.losses[{k}]": loss for k, loss in enumerate(cfg.evaluation.losses)}
+    losses |= {f"evaluation.attack_options.{a.name}.loss": settings(a).get("loss") for a in evaluation.attacks}
+    losses |= {f"attack.{key}": getattr(attack, key, None) for key in ("loss", "radii_loss")}
+    check_classes(cfg.data.num_classes, losses)
+    return evaluation
+
+
+def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
+    """The optimiser, still without parameters, its rate that of the batch size."""
+    node = DictConfig({key: value for key, value in cfg.optimizer.items() if key not in ("per_batch", "exempt")})
+    check_real("optimizer.lr", node.lr, "[0, inf)")
+    rate = peak_rate(node.lr, cfg.data.batch_size, cfg.optimizer.per_batch)
+    if cfg.optimizer.per_batch is not None:
+        say(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({node.lr:g} for {cfg.optimizer.per_batch})")
+    optimizer = build(node, "optimizer", lr=rate)
+    try_optimizer(optimizer, "optimizer", node, [nn.Parameter(torch.zeros(1))])
+    return optimizer  # type: ignore[no-any-return]  # Hydra
+
+
+def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule, threat: ThreatModel) -> None:
+    """Plain training with cross-entropy, for a network without weights."""
+    optimizer = partial(torch.optim.SGD, lr=cfg.pretrain.lr, momentum=0.9, weight_decay=5e-4)
+    module = WDATModule(network, Clean(), None, threat, None, optimizer, Cosine(), seed=cfg.seed)
+    trainer: L.Trainer = build(
+        cfg.trainer, "trainer", max_epochs=cfg.pretrain.max_epochs, limit_val_batches=0, logger=False,
+        enable_checkpointing=False, callbacks=[WorkProgress("plain training, epoch")],
+    )  # fmt: skip
+    trainer.fit(module, data)
+
+
+def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any) -> None:
+    """Say what is trained, on how many images."""
+    _, total = models.describe(network)
+    count = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
+    say(f"network {cfg.model.name}: trains {count:,} of {total:,} parameters ({names})")
+    sizes = (f"{data.splits[split]:,}" for split in ("train", "val", "test"))
+    say("images  {} training, {} validation (taken from the training set), {} test".format(*sizes))
+    if data.pool is not None:
+        say(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
+    elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":
+        say(
+            f"there are no synthetic images, so objective.label_smoothing={cfg.objective.label_smoothing} with "
+            "objective.smooth=synthetic smooths nothing (objective.smooth=all smooths all labels)"
+        )
+
+
+def measured(results: RecordFile, stage: str, threat: ThreatModel) -> str:
+    """One line on a stage: accuracy on test images, clean and under each attack at the threat's budget."""
+    found = [r for r in results.records if r.stage == stage and r.delta in (0.0, threat.delta)]
+    return figures(found)
 
 
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
     """The checkpoint that the monitor chose; without validation, or where it can't be used, the last; None for none."""
     folder = run_dir / checkpoints.FOLDER
     last = folder / checkpoints.LAST
-    best = Path(trainer.checkpoint_callback.best_model_path or last)  # type: ignore[union-attr]  # there is one
+    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or last)
     for candidate in (best, last):
         # A resumed run takes the name from its checkpoint; no file outside the run is meant.
         if candidate.exists() and candidate.resolve().parent == folder.resolve():
@@ -154,63 +215,16 @@ def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
     return None
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse at once what Lightning would refuse in its own words, perhaps after an epoch."""
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise SettingError(f"seed={cfg.seed} must be a whole number from 0 to 2**32 - 1")
-    epochs = cfg.trainer.max_epochs
-    if not isinstance(epochs, int) or epochs < 0:
-        raise SettingError(f"trainer.max_epochs={epochs} must be a whole number from 0: schedules scale to it")
-    if str(cfg.trainer.precision) not in PRECISIONS:
-        raise SettingError(
-            f"trainer.precision={cfg.trainer.precision}: choose 32-true, or bf16-mixed, with which training and its "
-            "attacks run faster and evaluation stays in float32 (float16 loses input gradients)"
-        )
-    if cfg.monitor not in MONITORS:
-        raise unknown("metric", cfg.monitor, MONITORS, "monitor")
-
-
-def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
-    """The optimiser, still without parameters, its rate that of the batch size."""
-    per_batch = cfg.schedule.get("per_batch")
-    if per_batch is None:
-        return instantiate(cfg.schedule.optimizer)  # type: ignore[no-any-return]  # Hydra
-    rate = peak_rate(cfg.schedule.optimizer.lr, cfg.data.batch_size, per_batch)
-    say(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({cfg.schedule.optimizer.lr:g} for {per_batch})")
-    return instantiate(cfg.schedule.optimizer, lr=rate)  # type: ignore[no-any-return]  # likewise
-
-
-def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule) -> None:
-    """Plain training with cross-entropy, for a network without weights."""
-    module = WDATModule(
-        network,
-        Objective(),
-        build("pgd"),
-        instantiate(cfg.threat),
-        Batch(),
-        partial(torch.optim.SGD, lr=cfg.pretrain.lr, momentum=0.9, weight_decay=5e-4),
-        Cosine(),
-        seed=cfg.seed,
-    )
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        max_epochs=cfg.pretrain.max_epochs,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[WorkProgress("plain training, epoch")],
-    )
-    trainer.fit(module, data)
-
-
-def describe(name: str, network: nn.Module, trained: list[str], splits: dict[str, int]) -> None:
-    """Say what is trained, on how many images."""
-    _, total = models.describe(network)
-    count = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
-    say(f"network {name}: trains {count:,} of {total:,} parameters ({names})")
-    train, val, test = (f"{splits[split]:,}" for split in ("train", "val", "test"))
-    say(f"images  {train} training, {val} validation (taken from the training set), {test} test")
+def report(results: RecordFile, run_dir: Path, best: Path | None, attacks: list[str], delta: float) -> None:
+    """Write the report and the picture, and print the table."""
+    picture, page = run_dir / "curve.png", run_dir / "report.html"
+    accuracy_against_budget(results.records, picture)
+    write_report(results.records, page)
+    console = PlainConsole(soft_wrap=False)
+    console.print(before_after(results.records, attacks, delta))
+    files = {"checkpoint": best, "records": results.path, "report": page, "picture": picture}
+    said = "\n".join(f"{name:<10} {path}" for name, path in files.items())
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "find_head",
     "keep_frozen_in_eval",
     "load_checkpoint",
+    "load_custom",
     "load_network",
     "prepare",
     "preprocessing",
@@ -71,6 +72,34 @@ def load_network(
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
     return network.eval()
+
+
+def load_custom(
+    network: Callable[[], nn.Module],
+    num_classes: int = 10,
+    checkpoint: str | Path | None = None,
+    name: str = "custom",
+    seed: int = 0,
+) -> nn.Module:
+    """A network of the user's own class, on the CPU and in eval mode.
+
+    Args:
+        network: Makes it; fresh weights are those of the seed.
+        num_classes: Number of classes of the data. How many logits the network has is the class's own business.
+        checkpoint: A state dict or a checkpoint of ours.
+        name: What records call it.
+        seed: Seed of fresh weights.
+
+    Raises:
+        SettingError: It is no `nn.Module`, or the weights don't fit.
+    """
+    with seeded(seed):
+        made = network()
+    if not isinstance(made, nn.Module):
+        raise SettingError(f"model.network._target_={name} makes a {type(made).__name__}: name an nn.Module")
+    if checkpoint is not None:
+        load_checkpoint(made, checkpoint)
+    return made.eval()
 
 
 def title(settings: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from wdat import errors, seeding
-from wdat.errors import SettingError
+from wdat.errors import SettingError, check_real
 from wdat.gradients import undisturbed
 from wdat.models.local import seeded
+from wdat.models.speed import accelerate
 
 TRAINABLE = ("all", "head")
 INIT = ("none", "reset_head", "perturb")
@@ -25,8 +26,10 @@ def prepare(
     scale: float = 0.01,
     seed: int = 0,
     image_shape: tuple[int, int, int] = (3, 32, 32),
+    channels_last: bool = False,
+    compile: bool = False,  # noqa: A002  # the key on the command line
 ) -> list[str]:
-    """Choose the parameters to train and where they start.
+    """Choose the parameters to train and where they start, and how the network is run.
 
     Training the last layer or the whole network, from a re-drawn last layer or slightly perturbed weights, is the
     setting of Wasserstein distributional adversarial training, arXiv 2502.09352; the details are ours.
@@ -41,6 +44,8 @@ def prepare(
             parameter tensor (ours). A constant tensor, such as a fresh BatchNorm's, stays as it is.
         seed: Seed of the run; the draws don't depend on the device.
         image_shape: (C, H, W) of the images, to find the last layer.
+        channels_last: As `accelerate` has it.
+        compile: Likewise.
 
     Returns:
         Names of the parameters that are trained.
@@ -52,8 +57,7 @@ def prepare(
         raise errors.unknown("choice", trainable, TRAINABLE, "finetune.trainable")
     if init not in INIT:
         raise errors.unknown("choice", init, INIT, "finetune.init")
-    if not 0 <= scale < float("inf"):
-        raise SettingError(f"finetune.scale must be zero or positive and finite, not {scale}")
+    check_real("finetune.scale", scale, "[0, inf)", "relative to each tensor's standard deviation")
     if trainable == "head" or init == "reset_head":
         head = find_head(network, image_shape)[1]
         if trainable == "head":
@@ -67,6 +71,7 @@ def prepare(
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     if not names:
         raise SettingError("no parameter is left to train (finetune.trainable): every parameter is frozen")
+    accelerate(network, channels_last, compile)
     return names
 
 

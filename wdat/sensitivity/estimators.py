@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wdat.errors import SettingError
+from wdat.errors import check_real, check_whole
 from wdat.seeding import generator
 from wdat.sensitivity.base import Estimator, Sample
 from wdat.threat import power_mean
@@ -44,8 +44,7 @@ class Ema(Batch):
 
     def __init__(self, rate: float = 0.1) -> None:
         super().__init__()
-        if not 0 < rate <= 1:
-            raise SettingError(f"sensitivity.rate={rate} must be in (0, 1]; 0.1 is usual")
+        check_real("sensitivity.rate", rate, "(0, 1]", "0.1 is usual")
         self.rate = rate
         self._log_power: float | None = None  # log Υ^q; the power itself overflows at q far from 1
 
@@ -73,12 +72,6 @@ class Ema(Batch):
         self._log_power = state["log_power"]
 
 
-def _every(every: int) -> int:
-    if every < 1:
-        raise SettingError(f"sensitivity.every={every} must be at least 1 step")
-    return every
-
-
 class Exact(Batch):
     """A pass over the whole training set every k steps; k = 1 is the method as published [A].
 
@@ -91,7 +84,8 @@ class Exact(Batch):
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
-        self.every = _every(every)
+        check_whole("sensitivity.every", every)
+        self.every = every
 
     def wanted(self, step: int) -> Tensor | None:
         if step % self.every and self._values is not None:
@@ -117,8 +111,7 @@ class Subsample(Exact):
 
     def __init__(self, size: int = 1024, every: int = 10) -> None:
         super().__init__(every)
-        if size < 1:
-            raise SettingError(f"sensitivity.size={size} must be at least 1 image")
+        check_whole("sensitivity.size", size)
         self.size = size
 
     def wanted(self, step: int) -> Tensor | None:

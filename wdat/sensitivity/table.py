@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from wdat.distributed import Processes
-from wdat.errors import SettingError
+from wdat.errors import check_real, check_whole
 from wdat.sensitivity.base import Estimator, Sample
 from wdat.sensitivity.histogram import Histogram
 from wdat.threat import power_mean
@@ -68,12 +68,11 @@ class Table(Estimator):
 
     def __init__(self, window: int | None = 30, clip: float = 0.99, every: int | None = None) -> None:
         super().__init__()
-        if window is not None and window < 1:
-            raise SettingError(f"sensitivity.window={window} must be at least 1 batch, or null for no correction")
-        if not 0 < clip <= 1:
-            raise SettingError(f"sensitivity.clip={clip} is a quantile in (0, 1]; 0.99 is usual, 1 clips nothing")
-        if every is not None and every < 1:
-            raise SettingError(f"sensitivity.every={every} must be at least 1 step, or null for the first pass alone")
+        if window is not None:
+            check_whole("sensitivity.window", window, hint="batches, or null for no correction")
+        check_real("sensitivity.clip", clip, "(0, 1]", "a quantile; 0.99 is usual, 1 clips nothing")
+        if every is not None:
+            check_whole("sensitivity.every", every, hint="steps, or null for the first pass alone")
         self.window, self.clip, self.every = window, clip, every
         self._stored: Tensor | None = None  # (n_train,) float32: m_i
         self._log_gain = 0.0

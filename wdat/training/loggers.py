@@ -1,4 +1,7 @@
-"""Loggers that go on where a stopped run left off: one file of metrics, one folder of TensorBoard, one run of W&B."""
+"""Loggers that go on where a stopped run left off: one file of metrics, one folder of TensorBoard, one run of W&B.
+
+Each is told when it is made at which step a resumed run goes on (`resumed_at`), None for a run that begins.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,26 +21,12 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import Logger
 
 from wdat.errors import RunError, SettingError, unknown
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of W&B
 OFFLINE = ("offline", "dryrun")
 WITHOUT_LOGIN = "log in with `wandb login`, set WANDB_MODE=offline to keep the run on this machine, or use logger=csv"
-
-
-def go_on(of_run: Iterable[Logger], step: int) -> None:
-    """Tell the loggers of a resumed run where it goes on; to be called before anything is logged.
-
-    Args:
-        of_run: The trainer's loggers; those of other libraries are left alone.
-        step: Steps that were made when the checkpoint was written that the run is resumed from. Rows of these are
-            kept, later ones dropped.
-    """
-    for logger in of_run:
-        if isinstance(logger, (CSVLogger, TensorBoardLogger, WandbLogger)):
-            logger.go_on(step)
 
 
 @contextmanager
@@ -73,15 +62,12 @@ class CSVLogger(loggers.CSVLogger):
     Args:
         save_dir: The folder of the run.
         name: The folder of the file in it.
+        resumed_at: Rows of the steps before are kept, later ones dropped.
     """
 
-    def __init__(self, save_dir: str | Path, name: str = "metrics") -> None:
+    def __init__(self, save_dir: str | Path, name: str = "metrics", resumed_at: int | None = None) -> None:
         super().__init__(save_dir, name=name, version="", flush_logs_every_n_steps=1)
-        self._below = 0
-
-    def go_on(self, step: int) -> None:
-        """Keep the rows of the steps before `step`."""
-        self._below = step
+        self._below = resumed_at or 0
 
     @property
     def log_dir(self) -> str:
@@ -165,11 +151,16 @@ def read_rows(path: Path, below: float = math.inf) -> list[dict[str, str]]:
 
 
 class TensorBoardLogger(loggers.TensorBoardLogger):
-    """One folder for a run; TensorBoard hides what a stopped run had logged after the checkpoint it is resumed from."""
+    """One folder for a run; TensorBoard hides what a stopped run had logged after the checkpoint it is resumed from.
 
-    def go_on(self, step: int) -> None:
-        """Hide what there is of `step` and later."""
-        self._kwargs["purge_step"] = step
+    Args:
+        save_dir: The folder of the run.
+        resumed_at: What there is of this step and later is hidden.
+        options: Those of Lightning's logger.
+    """
+
+    def __init__(self, save_dir: str | Path, resumed_at: int | None = None, **options: Any) -> None:
+        super().__init__(save_dir, purge_step=resumed_at, **options)
 
 
 class WandbLogger(loggers.WandbLogger):
@@ -183,6 +174,7 @@ class WandbLogger(loggers.WandbLogger):
         save_dir: The folder of the run.
         offline: Keep the run on this machine, as with WANDB_MODE=offline.
         log_checkpoint: Upload the chosen checkpoint too.
+        resumed_at: Other than None, the stopped run of W&B goes on, if it had come so far.
         options: Those of Lightning's logger and of `wandb.init`; None leaves W&B its own choice.
 
     Raises:
@@ -190,14 +182,21 @@ class WandbLogger(loggers.WandbLogger):
     """
 
     def __init__(
-        self, save_dir: str | Path, offline: bool = False, log_checkpoint: bool = False, **options: Any
+        self,
+        save_dir: str | Path,
+        offline: bool = False,
+        log_checkpoint: bool = False,
+        resumed_at: int | None = None,
+        **options: Any,
     ) -> None:
         given = {key: value for key, value in options.items() if value is not None}
-        super().__init__(save_dir=save_dir, **{**_place_in_sweep(), **given})
+        super().__init__(save_dir=save_dir, **{**_named_by_sweep(), **given})
         if self._wandb_init.get("anonymous") is None:
             self._wandb_init.pop("anonymous", None)  # W&B warns of Lightning's default
         self.log_checkpoint = log_checkpoint
         self._id_file = Path(save_dir) / "wandb_id.txt"
+        if resumed_at is not None and self._id_file.exists():
+            self._id = self._wandb_init["id"] = self._id_file.read_text(encoding="utf-8").strip()
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._settle("offline" if offline else _mode())
 
@@ -210,11 +209,6 @@ class WandbLogger(loggers.WandbLogger):
             self._wandb_init = {"settings": quiet, **self._wandb_init, "mode": "offline"}
         elif mode != "disabled" and not _logged_in():
             raise SettingError(f"logger=wandb needs a login to W&B, and there is none: {WITHOUT_LOGIN}")
-
-    def go_on(self, step: int) -> None:
-        """Take the id of the stopped run, if it had come so far."""
-        if self._id_file.exists():
-            self._id = self._wandb_init["id"] = self._id_file.read_text(encoding="utf-8").strip()
 
     @property
     @rank_zero_experiment
@@ -259,7 +253,7 @@ def _logged_in() -> bool:
         ) from error
 
 
-def _place_in_sweep() -> dict[str, str]:
+def _named_by_sweep() -> dict[str, str]:
     """Group and name of a job of a Hydra sweep; nothing for a single run, or where the environment names them."""
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     if hydra is None or hydra.mode != RunMode.MULTIRUN:

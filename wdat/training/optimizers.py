@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from wdat.errors import SettingError, unknown
+from wdat.errors import check_whole, unknown
 
 EXEMPT = ("norm", "bias")
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: BatchNorm, InstanceNorm, SyncBatchNorm
@@ -31,8 +31,7 @@ def peak_rate(lr: float, batch_size: int, per_batch: int | None) -> float:
     """
     if per_batch is None:
         return lr
-    if not per_batch >= 1:
-        raise SettingError(f"schedule.per_batch={per_batch} must be a number of images from 1, or null")
+    check_whole("optimizer.per_batch", per_batch, hint="images, or null")
     return lr * max(batch_size / per_batch, 1.0)
 
 
@@ -58,7 +57,7 @@ def decay_groups(network: nn.Module, exempt: Sequence[str]) -> list[dict[str, An
     """
     for name in exempt:
         if name not in EXEMPT:
-            raise unknown("kind of parameter", name, EXEMPT, "schedule.exempt")
+            raise unknown("kind of parameter", name, EXEMPT, "optimizer.exempt")
     decayed: dict[nn.Parameter, bool] = {}
     for parameter, kinds in _kinds(network):
         decayed[parameter] = decayed.get(parameter, False) or not kinds & set(exempt)

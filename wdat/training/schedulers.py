@@ -1,11 +1,15 @@
-"""Shapes of the learning rate: functions of the progress t in [0, 1], so that a schedule scales to any length."""
+"""Shapes of the learning rate: functions of the progress t in [0, 1], so that a schedule scales to any length.
+
+PyTorch's own schedulers are told the number of steps when they are made and keep it in their state: they can't be
+resumed in a longer run, and Lightning's count of steps isn't to be had before training runs (see `WDATModule`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from wdat.errors import SettingError
+from wdat.errors import SettingError, check_real, check_whole
 
 
 class Constant:
@@ -62,12 +66,13 @@ class OneCycle:
         _check_share("warmup", warmup)
         _check_factor("start", start)
         _check_factor("final", final)
+        if epochs is not None:
+            check_whole("scheduler.epochs", epochs, 0, "null for a rate that changes at every step")
         momentum = None if cycle_momentum is None else tuple(cycle_momentum)
-        if momentum is not None and (len(momentum) != 2 or any(not 0 <= m < 1 for m in momentum)):
-            raise SettingError(
-                f"schedule.shape.cycle_momentum={list(momentum)} must be two numbers in [0, 1), at the peak and at the "
-                "ends, or null"
-            )
+        if momentum is not None and len(momentum) != 2:
+            raise SettingError(f"scheduler.cycle_momentum={list(momentum)} must be two numbers, or null")
+        for value in momentum or ():
+            check_real("scheduler.cycle_momentum", value, "[0, 1)", "at the peak and at the ends, or null")
         self.warmup, self.start, self.final, self.cycle_momentum = warmup, start, final, momentum
         self.epochs = epochs if epochs is not None and warmup * epochs > 1 else None
 
@@ -83,13 +88,13 @@ class OneCycle:
 
     def _cycle(self, t: float, first: float, middle: float, last: float) -> float:
         """From one value over another to the last; of n epochs, the last begins at (n − 1)/n."""
-        place, peak, end = t, self.warmup, 1.0
+        now, peak, end = t, self.warmup, 1.0
         if self.epochs:
-            place = math.floor(t * self.epochs + 1e-6)  # 1e-6: t is a ratio of steps, rounded
+            now = math.floor(t * self.epochs + 1e-6)  # 1e-6: t is a ratio of steps, rounded
             peak, end = self.warmup * self.epochs - 1, self.epochs - 1.0
-        if place < peak:
-            return _half_cosine(first, middle, place / peak)
-        return _half_cosine(middle, last, (place - peak) / (end - peak))
+        if now < peak:
+            return _half_cosine(first, middle, now / peak)
+        return _half_cosine(middle, last, (now - peak) / (end - peak))
 
 
 class Steps:
@@ -101,8 +106,9 @@ class Steps:
     """
 
     def __init__(self, milestones: Sequence[float], factor: float = 0.1) -> None:
-        if any(not 0 <= m <= 1 for m in milestones):
-            raise SettingError(f"schedule.shape.milestones={list(milestones)} must be shares of the run in [0, 1]")
+        for milestone in milestones:
+            check_real("scheduler.milestones", milestone, "[0, 1]", "shares of the run")
+        check_real("scheduler.factor", factor, "[0, inf)", "what the rate is multiplied by")
         self.milestones, self.factor = tuple(milestones), factor
 
     def __call__(self, t: float) -> float:
@@ -115,10 +121,8 @@ def _half_cosine(first: float, last: float, share: float) -> float:
 
 
 def _check_share(key: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise SettingError(f"schedule.shape.{key}={value} must be a share of the run in [0, 1)")
+    check_real(f"scheduler.{key}", value, "[0, 1)", "a share of the run")
 
 
 def _check_factor(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise SettingError(f"schedule.shape.{key}={value} must be a factor of the peak rate in [0, 1]")
+    check_real(f"scheduler.{key}", value, "[0, 1]", "a factor of the peak rate")

@@ -12,7 +12,7 @@ import torch
 from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.models import load_network
-from wdat.objectives import Objective
+from wdat.objectives import WDAT
 from wdat.sensitivity import Subsample
 from wdat.threat import ThreatModel
 from wdat.training.callbacks import RobustEvaluation
@@ -65,12 +65,12 @@ def make_module(network):
     def make(**settings):
         defaults = {
             "network": network,
-            "objective": Objective(beta_w=6),
+            "objective": WDAT(),
             "attack": build("wpgd_budget", loss="kl", steps=2, step_size=0.5, radius_max=4),
             "threat": ThreatModel(2, "linf", 0.1),
             "sensitivity": Subsample(16, 1),
             "optimizer": partial(torch.optim.SGD, lr=0.001),
-            "schedule": Constant(),
+            "scheduler": Constant(),
         }
         return WDATModule(**{**defaults, **settings})
 
@@ -83,7 +83,8 @@ def make_evaluation():
 
     def make(pointwise_step=0.15, **options):
         pointwise = build("pgd", loss="ce", steps=5, step_size=pointwise_step)
-        return RobustEvaluation(pointwise, build("wpgd", loss="ce", steps=5, step_size=0.375), **options)
+        attacks = [pointwise, build("wpgd", loss="ce", steps=5, step_size=0.375)]
+        return RobustEvaluation(options.pop("threat", ThreatModel(2, "linf", 0.1)), attacks, **options)
 
     return make
 

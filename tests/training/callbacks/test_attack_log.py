@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from small_training import Outputs
 
 from wdat.attacks import AttackResult, build
-from wdat.objectives import Objective
+from wdat.objectives import Clean
 from wdat.threat import ThreatModel
 from wdat.training.callbacks import AttackLog
 from wdat.training.callbacks.attack_log import radius_figures
@@ -63,7 +64,8 @@ def rows(folder):
 def test_figures_of_each_step_reach_the_file(name, digits, make_module, make_trainer, tmp_path):
     steps = {} if name == "wfgsm" else {"steps": 2}
     module = make_module(attack=build(name, loss="kl", **steps))
-    make_trainer(AttackLog(), logger=CSVLogger(tmp_path), limit_val_batches=0).fit(module, digits())
+    outputs = Outputs()
+    make_trainer(AttackLog(), outputs, logger=CSVLogger(tmp_path), limit_val_batches=0).fit(module, digits())
     logged = [row for row in rows(tmp_path) if "train/loss" in row]
     assert len(logged) == 3
     for row in logged:
@@ -71,7 +73,7 @@ def test_figures_of_each_step_reach_the_file(name, digits, make_module, make_tra
         assert 0 < row["train/radius_max"] <= 16 * 0.1
         assert 1 / 16 - 1e-6 <= row["train/top1_share"] <= 1
         assert 0 <= row["train/zero_radii"] < 1
-    last = {f"train/{k}": v for k, v in figures_of(module.last_attack).items()}
+    last = {f"train/{k}": v for k, v in figures_of(outputs.seen[-1]["attack_result"]).items()}
     last["train/upsilon"] = module.sensitivity.upsilon()
     assert {key: logged[-1][key] for key in last} == pytest.approx(last, rel=1e-5)
 
@@ -86,7 +88,7 @@ def test_a_pointwise_attack_has_no_sensitivity(digits, make_module, make_trainer
 
 def test_an_objective_without_the_attack_logs_nothing(digits, make_module, make_trainer):
     trainer = make_trainer(AttackLog(), limit_val_batches=0)
-    trainer.fit(make_module(objective=Objective()), digits())
+    trainer.fit(make_module(objective=Clean(), attack=None), digits())
     assert {key for key in trainer.callback_metrics if key.startswith("train/")} == {"train/loss", "train/loss_clean"}
 
 

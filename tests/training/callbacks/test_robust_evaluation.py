@@ -8,11 +8,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
 
 import wdat
 from wdat.attacks import build
 from wdat.errors import SettingError
-from wdat.records import Facts, RecordFile, read
+from wdat.records import Facts, read
 from wdat.threat import ThreatModel
 from wdat.training.callbacks import RobustEvaluation
 
@@ -27,7 +28,12 @@ def pixels_of(images):
 def outside(network, data, split, evaluation, threat):
     images = data.images(split)
     loader = [(pixels_of(images), images.labels)]
-    return wdat.evaluate(network, loader, threat, [evaluation.pointwise, evaluation.distributional], losses=["ce"])
+    return wdat.evaluate(network, loader, threat, evaluation.attacks, losses=["ce"])
+
+
+def last(evaluation):
+    """Clean, pointwise and distributional record of the last set."""
+    return evaluation.records.records[-3:]
 
 
 @pytest.mark.parametrize("inference", [True, False])
@@ -40,16 +46,15 @@ def test_stand_alone_loops(split, inference, eval_batch_size, digits, make_modul
     (logged,) = run(module, data, verbose=False)
     assert set(logged) == {f"{split}/{key}" for key in KEYS}
 
-    clean, pointwise, distributional = evaluation.last
+    clean, pointwise, distributional = last(evaluation)
     wanted = outside(module.network, data, split, evaluation, module.threat)
-    assert [r.accuracy for r in evaluation.last] == [r.accuracy for r in wanted]
+    assert [r.accuracy for r in last(evaluation)] == [r.accuracy for r in wanted]
     assert distributional.distance == pytest.approx(wanted[2].distance, rel=1e-5)
     assert clean.upsilon == pytest.approx(wanted[0].upsilon, rel=1e-5)
     assert 0 < distributional.accuracy < clean.accuracy < 1, "these tests need accuracies inside (0, 1)"
 
     assert pointwise.distance < 0.9 * distributional.distance
     found = {key: logged[f"{split}/{key}"] for key in KEYS}
-    assert found["acc_clean"] == clean.accuracy  # counted by torchmetrics
     assert found == pytest.approx(
         {
             "acc_clean": clean.accuracy,
@@ -60,8 +65,8 @@ def test_stand_alone_loops(split, inference, eval_batch_size, digits, make_modul
         }
     )
     assert (pointwise.p, distributional.p) == (math.inf, 2)
-    assert {(r.split, r.stage, r.n, r.epoch) for r in evaluation.last} == {
-        (split, "evaluate", {"val": 37, "test": 41}[split], None)
+    assert {(r.split, r.stage, r.n, r.epoch) for r in last(evaluation)} == {
+        (split, "before", {"val": 37, "test": 41}[split], None)
     }
 
 
@@ -71,7 +76,7 @@ def test_one_budget_for_the_whole_set(digits, make_module, make_evaluation, make
     for eval_batch_size, batch_size in ((37, 512), (5, 512), (16, 7)):
         evaluation = make_evaluation(batch_size=batch_size)
         make_trainer(evaluation).validate(make_module(), digits(eval_batch_size=eval_batch_size), verbose=False)
-        found.append(evaluation.last[2])
+        found.append(last(evaluation)[2])
     for record in found:
         assert (record.n, record.set_size) == (37, 37)
         assert record.distance <= 0.1 * (1 + 1e-5)
@@ -90,15 +95,14 @@ def test_one_budget_for_the_whole_set(digits, make_module, make_evaluation, make
 
 
 def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, make_trainer, tmp_path):
-    module, evaluation, data = make_module(), make_evaluation(curve=[0.5, 2]), digits()
     facts = Facts("net", "net.pt", "digits", 3)
-    evaluation.describe(RecordFile(tmp_path / "records.json"), facts)
+    evaluation = make_evaluation(deltas=[0.05, "51/255"], records=tmp_path / "records.json", facts=facts)
+    module, data = make_module(), digits()
     trainer = make_trainer(evaluation, max_epochs=2, logger=CSVLogger(tmp_path))
-    evaluation.stage = "before"
     trainer.test(module, data, verbose=False)
     trainer.fit(module, data)
-    evaluation.stage = "after"
-    trainer.test(module, data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+    trainer.test(module, data, ckpt_path=tmp_path / "checkpoints" / "best.ckpt", verbose=False)
 
     records = read(tmp_path / "records.json")
     budgets = [("none", 0.0), ("pgd", 0.1), ("wpgd", 0.1), ("pgd", 0.05), ("wpgd", 0.05), ("pgd", 0.2), ("wpgd", 0.2)]
@@ -106,7 +110,9 @@ def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, 
     at_val = [("epoch", "val", e, a, d) for e in (1, 2) for a, d in budgets[:3]]
     found = [(r.stage, r.split, r.epoch, r.attack, pytest.approx(r.delta)) for r in records]
     assert found == at_test[:7] + at_val + at_test[7:]
-    assert {(r.network, r.checkpoint, r.data, r.seed) for r in records} == {("net", "net.pt", "digits", 3)}
+    assert {(r.network, r.data, r.seed) for r in records} == {("net", "digits", 3)}
+    wanted = {"before": "net.pt", "epoch": "net.pt", "after": "checkpoints/best.ckpt"}
+    assert all(r.checkpoint == wanted[r.stage] for r in records), "the weights of a loaded checkpoint are named"
     assert {r.n for r in records if r.split == "test"} == {41}
 
     lines = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
@@ -120,7 +126,7 @@ def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, 
 def test_sanity_checks_are_not_recorded(digits, make_module, make_evaluation, make_trainer):
     evaluation = make_evaluation()
     make_trainer(evaluation, num_sanity_val_steps=2).fit(make_module(), digits(eval_batch_size=8))
-    assert [(r.stage, r.epoch, r.n) for r in evaluation.results.records] == [("epoch", 1, 37)] * 3
+    assert [(r.stage, r.epoch, r.n) for r in evaluation.records.records] == [("epoch", 1, 37)] * 3
 
 
 def test_training_goes_on_undisturbed(digits, make_module, make_evaluation, make_trainer, network):
@@ -138,32 +144,78 @@ def test_training_goes_on_undisturbed(digits, make_module, make_evaluation, make
 
 
 def test_progress_is_told(digits, make_module, make_evaluation, make_trainer):
-    evaluation, told = make_evaluation(), []
-    evaluation.describe(RecordFile(None), Facts(), lambda *what: told.append(what))
+    told = []
+    evaluation = make_evaluation(progress=lambda *what: told.append(what))
     make_trainer(evaluation).validate(make_module(), digits(), verbose=False)
     assert told == [(f"{name} ce", k, 5) for name in ("pgd", "wpgd") for k in range(1, 6)]
 
 
 def test_at_p_inf_both_attacks_are_pointwise(digits, make_module, make_evaluation, make_trainer):
-    evaluation = make_evaluation(pointwise_step=0.375)
-    module = make_module(threat=ThreatModel(math.inf, "linf", 0.1))
-    make_trainer(evaluation).validate(module, digits(), verbose=False)
-    _, pointwise, distributional = evaluation.last
+    evaluation = make_evaluation(pointwise_step=0.375, threat=ThreatModel(math.inf, "linf", 0.1))
+    make_trainer(evaluation).validate(make_module(), digits(), verbose=False)
+    _, pointwise, distributional = last(evaluation)
     assert pointwise.accuracy == distributional.accuracy
     assert distributional.distance <= 0.1 * (1 + 1e-5)
 
 
 class Stranger(L.LightningModule):
+    """A module of somebody else's, with a network under another name and nothing of ours."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
     def validation_step(self, batch, batch_idx):
         pass
 
 
-def test_other_modules_are_left_alone(make_evaluation, make_trainer, digits):
-    evaluation = make_evaluation()
-    make_trainer(evaluation).validate(Stranger(), digits(), verbose=False)
-    assert evaluation.last == []
+@pytest.mark.parametrize("name", ["classifier", ""])
+def test_any_module_and_any_loader_of_pairs(name, make_evaluation, make_trainer, digits, network):
+    images = digits().images("val")
+    x, y = pixels_of(images), images.labels
+    loader = DataLoader(TensorDataset(x, y), 8)
+    module = Stranger(network)
+    module.forward = network.forward
+    evaluation = make_evaluation(network=name, stage="evaluate")
+    (logged,) = make_trainer(evaluation).validate(module, loader, verbose=False)
+    wanted = wdat.evaluate(network, [(x, y)], evaluation.threat, evaluation.attacks)
+    assert [r.accuracy for r in last(evaluation)] == [r.accuracy for r in wanted]
+    assert {r.stage for r in last(evaluation)} == {"evaluate"}
+    assert {key.removeprefix("val/") for key in logged} == KEYS
+    assert logged["val/acc_clean"] == pytest.approx(wanted[0].accuracy)
 
 
-def test_what_stands_behind_acc_pointwise_must_be_pointwise():
-    with pytest.raises(SettingError, match="pointwise"):
-        RobustEvaluation(build("wpgd"), build("wpgd"))
+def test_of_several_attacks_the_strongest_counts(digits, make_module, make_trainer):
+    weak = {"steps": 1, "step_size": 0.01}
+    threat = ThreatModel(2, "linf", 0.1)
+    attacks = [build("pgd", **weak), build("pgd", steps=5), build("wpgd", **weak), build("wpgd_budget", steps=5)]
+    evaluation = RobustEvaluation(threat, attacks)
+    (logged,) = make_trainer(evaluation).validate(make_module(), digits(), verbose=False)
+    _, *found = evaluation.records.records
+    accuracies = [r.accuracy for r in found]
+    assert logged["val/acc_pointwise"] == pytest.approx(min(accuracies[:2]))
+    assert logged["val/acc_distributional"] == pytest.approx(min(accuracies[2:]))
+    assert logged["val/acc_wpgd"] == pytest.approx(accuracies[2])
+    assert logged["val/acc_wpgd_budget"] == pytest.approx(accuracies[3]) != pytest.approx(accuracies[2])
+    assert {key.removeprefix("val/") for key in logged} == evaluation.metrics
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"attacks": []}, "evaluation.attacks"),
+        ({"losses": []}, "evaluation.losses"),
+        ({"attacks": ["wpdg"]}, "wpgd"),
+        ({"deltas": ["-1/255"]}, "evaluation.deltas"),
+        ({"options": {"wpgd": {"steps": 2.5}}}, "attack_options.wpgd.steps"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_named(arguments, word):
+    with pytest.raises(SettingError, match=word):
+        RobustEvaluation(ThreatModel(2, "linf", 0.1), **arguments)
+
+
+def test_an_impossible_threat_is_refused_before_any_work():
+    with pytest.raises(SettingError, match=r"threat\.p"):
+        RobustEvaluation(ThreatModel(1, "linf", 0.1), ["wpgd"])

@@ -8,7 +8,6 @@ import re
 import pytest
 from rich.console import Console
 
-from wdat.records import Facts, RecordFile
 from wdat.training.callbacks import WorkProgress
 
 
@@ -22,8 +21,8 @@ def on(terminal):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_epoch_leaves_a_line_of_its_figures(terminal, digits, make_module, make_evaluation, make_trainer):
-    display, evaluation = on(terminal), make_evaluation()
-    evaluation.describe(RecordFile(None), Facts(), display.report)
+    display = on(terminal)
+    evaluation = make_evaluation(progress=display.report)
     trainer = make_trainer(evaluation, display, max_epochs=2, enable_progress_bar=True)
     trainer.test(make_module(), digits(), verbose=False)
     assert "epoch" not in display.text.getvalue()
@@ -32,7 +31,7 @@ def test_an_epoch_leaves_a_line_of_its_figures(terminal, digits, make_module, ma
     shares = ", ".join(rf"{name} \d+\.\d\d %" for name in ("clean", "pointwise", "distributional"))
     for epoch in (1, 2):
         assert len(re.findall(rf"epoch {epoch}/2: loss \d+\.\d+, {shares}, Υ \d+\.\d+", plain)) == 1
-    last = evaluation.last
+    last = evaluation.records.records[-3:]
     assert f"clean {100 * last[0].accuracy:.2f} %, pointwise {100 * last[1].accuracy:.2f} %" in plain
     if not terminal:
         assert plain.count("\n") == 2, "only the lines that stay"

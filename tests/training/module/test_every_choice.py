@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import lightning as L
 import pytest
@@ -14,6 +15,7 @@ from small_training import (
     ESTIMATORS,
     OBJECTIVES,
     QUIET,
+    Outputs,
     distributional,
     fit,
     module_for,
@@ -22,8 +24,11 @@ from small_training import (
     with_batchnorm,
 )
 
+from wdat.attacks import build
+from wdat.data.batch import Batch
+from wdat.distributed import ALONE, Processes
 from wdat.errors import SettingError
-from wdat.objectives import Objective
+from wdat.objectives import Clean
 from wdat.threat import ThreatModel
 
 pytestmark = QUIET
@@ -57,9 +62,14 @@ class Watch(L.Callback):
         self.losses.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/loss")})
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("attack", ATTACKS)
+PAIRS = [  # every attack with every objective, and with each of them another estimator
+    (attack, objective, ESTIMATORS[(i + j) % len(ESTIMATORS)])
+    for i, attack in enumerate(ATTACKS)
+    for j, objective in enumerate(OBJECTIVES)
+]
+
+
+@pytest.mark.parametrize(("attack", "objective", "estimator"), PAIRS)
 def test_every_choice_trains(data, chosen, attack, objective, estimator):
     network = small_cnn()
     before = copy.deepcopy(network)
@@ -72,9 +82,9 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
     )
     watch = Watch(module)
     fit(module, data, 2, callbacks=[watch])
-    names = {"loss"} if objective == "pgd_at" else {"loss", "loss_clean"}
+    names = {"loss"} if objective in ("pgd_at", "attack_at") else {"loss", "loss_clean"}
     names |= {"loss_pointwise"} if objective in ("trades", "combined", "pgd_at") else set()
-    names |= {"loss_distributional"} if objective in ("wdat", "combined") else set()
+    names |= {"loss_distributional"} if objective in ("wdat", "combined", "attack_at") else set()
     assert len(watch.losses) == 2
     for losses in watch.losses:
         assert set(losses) == {f"train/{name}" for name in names}
@@ -82,7 +92,7 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
     for old, new in zip(before.parameters(), network.parameters(), strict=True):
         assert not torch.equal(old, new)
         assert new.isfinite().all()
-    assert watch.untouched == ([True, True] if objective in ("wdat", "combined") else [])
+    assert watch.untouched == ([True, True] if "loss_distributional" in names else [])
 
 
 @pytest.mark.parametrize("threat", ["winf_linf", "w2_l2", "winf_l2"])
@@ -91,9 +101,10 @@ def test_every_threat_trains(data, chosen, threat, attack):
     network = small_cnn()
     before = copy.deepcopy(network)
     own = chosen("threat", threat)
-    module = fit(module_for(network, attack=chosen("attack", attack), threat=own), data, 2)
+    outputs = Outputs()
+    fit(module_for(network, attack=chosen("attack", attack), threat=own), data, 2, callbacks=[outputs])
     assert not same(network, before)
-    result = module.last_attack
+    result = outputs.seen[-1]["attack_result"]
     assert result.threat == (own.pointwise() if attack in ("pgd", "fgsm") else own)
     bound = 4 * own.delta if attack in ("wpgd_budget", "wfgsm") and not own.is_pointwise else None
     bound = own.delta if result.threat.is_pointwise else bound
@@ -113,4 +124,77 @@ def test_the_reported_loss_is_the_sum_of_its_terms(data, chosen):
 def test_an_impossible_pair_is_refused_before_any_work():
     with pytest.raises(SettingError, match=r"threat\.p"):
         module_for(small_cnn(), threat=ThreatModel(1, "linf", DELTA))
-    module_for(small_cnn(), Objective(), threat=ThreatModel(1, "linf", DELTA))  # doesn't use the attack
+    module_for(small_cnn(), attack=build("knapsack_budget"), threat=ThreatModel(1, "linf", DELTA))
+
+
+def test_what_a_step_returns(data, chosen):
+    """By name, for callbacks."""
+    outputs = Outputs()
+    module = module_for(small_cnn(), chosen("objective", "combined"))
+    fit(module, data, 1, callbacks=[outputs])
+    (found,) = outputs.seen
+    assert set(found["terms"]) == {"loss", "loss_clean", "loss_pointwise", "loss_distributional"}
+    assert found["terms"]["loss"] == pytest.approx(float(found["loss"]), rel=1e-6)
+    assert found["attack_result"].x_adv.shape == (16, 3, 32, 32)
+    assert found["upsilon"]() == module.sensitivity.upsilon()
+    fit(module_for(small_cnn(), chosen("objective", "clean")), data, 1, callbacks=[outputs])
+    assert (outputs.seen[-1]["attack_result"], outputs.seen[-1]["upsilon"]) == (None, None)
+
+
+INNER = 3
+PASSES = {  # of the network in one step: at the clean images, inner steps, at the perturbed images
+    "clean": 1,
+    "trades": 1 + INNER + 1,
+    "wdat": INNER + 1,  # the clean pass is the first inner step
+    "attack_at": INNER + 1,
+    "pgd_at": INNER + 1,
+    "combined": INNER + 1 + INNER + 1,
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_passes_of_a_step(data, name, chosen):
+    """A step of W-DAT costs no more than one of TRADES; one clean pass serves all that can use it."""
+    network, calls, trail = small_cnn(), [], []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    objective = chosen("objective", name)
+    if hasattr(objective, "pointwise_attack"):
+        objective.pointwise_attack.steps = INNER
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_):
+            trail.append(len(calls))
+
+    fit(module_for(network, objective, distributional(inner=INNER)), data, 3, callbacks=[Count()])
+    assert [after - before for before, after in pairwise(trail)] == 2 * [PASSES[name]]
+
+
+class Two(Processes):
+    """One of two processes; what is only logged needn't be that of both."""
+
+    world_size = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+
+
+def test_unequal_parts_of_a_batch_count_by_their_images(data, monkeypatch):
+    """Processes average their gradients, so a part's loss must weigh as many images as it has."""
+    whole = next(iter(data.train_dataloader()))._replace(size=5)
+    parts = [slice(0, 3), slice(3, 5)]
+
+    def part(rows):
+        return Batch(*(t[rows] for t in (whole.x, whole.y, whole.index, whole.position)), 5, 0)
+
+    def gradients(batch, processes):
+        monkeypatch.setattr("wdat.training.module.current", lambda device: processes)
+        module = module_for(small_cnn(), Clean())  # signs in an attack would amplify rounding
+        module.log = lambda *arguments, **options: None
+        module.train()
+        loss = module.training_step(batch, 0)["loss"]
+        return torch.autograd.grad(loss, list(module.network.parameters()))
+
+    alone = gradients(part(slice(0, 5)), ALONE)
+    shared = [gradients(part(rows), Two(k)) for k, rows in enumerate(parts)]
+    for wanted, one, two in zip(alone, *shared, strict=True):
+        torch.testing.assert_close((one + two) / 2, wanted, rtol=1e-4, atol=1e-6)

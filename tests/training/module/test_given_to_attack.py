@@ -99,7 +99,7 @@ def test_sharing_the_clean_pass_changes_nothing(data, monkeypatch):
         return network
 
     shared = trained()
-    monkeypatch.setattr("wdat.training.module.is_compiled", lambda network: True)  # a compiled network can't share
+    monkeypatch.setattr("wdat.training.step.is_compiled", lambda network: True)  # a compiled network can't share
     for mine, theirs in zip(shared.parameters(), trained().parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 

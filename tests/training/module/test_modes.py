@@ -65,6 +65,6 @@ def test_the_schedule_scales_to_the_length_of_the_run(data):
         seen.append(t)
         return 1 - t / 2
 
-    module = fit(module_for(small_cnn(), schedule=shape), data, -1, epochs=2)
+    module = fit(module_for(small_cnn(), scheduler=shape), data, -1, epochs=2)
     assert sorted(set(seen)) == pytest.approx([k / 6 for k in range(7)])  # two epochs of three steps
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.05 * 0.5)

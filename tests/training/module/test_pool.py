@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_training import QUIET, digits, fit, module_for, small_cnn
 
-from wdat.sensitivity import Batch, Exact, Table
+from wdat.sensitivity import Batch, Exact, Table, with_pool
 
 pytestmark = QUIET
 
@@ -20,7 +20,8 @@ def test_with_a_pool_it_is_that_of_the_mixture(pool, make, every):
     """Against a pass over the originals and the whole pool, of a network that stays as it is."""
     chosen = {"path": pool, "fraction": 0.6, "sample": 90, "every": every}
     plain = digits(crop=0, synthetic=chosen)
-    module = fit(module_for(small_cnn(), sensitivity=make(), optimizer=partial(torch.optim.SGD, lr=0.0)), plain, 3)
+    sensitivity = with_pool(make(), plain.pool, plain.pool_share, 90, every)
+    module = fit(module_for(small_cnn(), sensitivity=sensitivity, optimizer=partial(torch.optim.SGD, lr=0.0)), plain, 3)
     own, share = plain.images("train").originals, plain.pool_share
     drawn, labels = plain.pool.read(torch.arange(90))
     images = torch.cat([own.pixels(torch.arange(48), None), drawn])
@@ -36,6 +37,7 @@ def test_with_a_pool_it_is_that_of_the_mixture(pool, make, every):
 
 def test_estimators_that_go_by_the_batch_see_the_mixture(pool):
     data = digits(crop=0, synthetic={"path": pool})
-    module = fit(module_for(small_cnn(), sensitivity=Batch()), data, 1)
+    sensitivity = with_pool(Batch(), data.pool, data.pool_share, 90, None)
+    module = fit(module_for(small_cnn(), sensitivity=sensitivity), data, 1)
     assert type(module.sensitivity) is Batch
     assert len(module.sensitivity.sample().values) == 16

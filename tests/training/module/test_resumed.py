@@ -21,7 +21,7 @@ from small_training import (
     with_batchnorm,
 )
 
-from wdat.sensitivity import Batch, Ema, Exact, Subsample, Table
+from wdat.sensitivity import Batch, Ema, Exact, Subsample, Table, with_pool
 
 pytestmark = QUIET
 
@@ -82,11 +82,14 @@ class Stop(L.Callback):
 @pytest.mark.parametrize("steps", [3, 4])  # at the end of an epoch of three steps, and inside the next
 @pytest.mark.parametrize("pooled", [False, True])
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, steps, pooled, pool):
-    def make():
-        return module_for(with_batchnorm(), sensitivity=KINDS[kind](), schedule=lambda t: 1 - 0.9 * t)
-
     def read():
         return digits(synthetic={"path": pool, "sample": 30} if pooled else None)
+
+    def make():
+        sensitivity, data = KINDS[kind](), read()
+        if pooled:
+            sensitivity = with_pool(sensitivity, data.pool, data.pool_share, 30, None)
+        return module_for(with_batchnorm(), sensitivity=sensitivity, scheduler=lambda t: 1 - 0.9 * t)
 
     whole = fit(make(), read(), -1, epochs=3)
     path = tmp_path / "stopped.ckpt"

@@ -13,7 +13,7 @@ from torch import nn
 
 from wdat.attacks import build
 from wdat.data import ImageDataModule
-from wdat.objectives import Objective
+from wdat.objectives import TRADES, WDAT
 from wdat.seeding import generator
 from wdat.threat import ThreatModel
 
@@ -54,7 +54,7 @@ def textbook_trades(network, batches, steps, threat, inner=4, step_size=0.25, be
 
 
 def trades(inner=4, **options):
-    return Objective(beta_p=6, pointwise_attack=build("pgd", loss="kl", steps=inner, step_size=0.25), **options)
+    return TRADES(pointwise_attack=build("pgd", loss="kl", steps=inner, step_size=0.25), **options)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -64,7 +64,7 @@ def test_wdat_with_uniform_radii_is_trades_to_the_bit(data, kind, norm, name):
     threat = ThreatModel(math.inf if name == "wpgd_budget" else 2, norm, DELTA if norm == "linf" else 0.5)
     network = NETWORKS[kind]()
     ours = fit(module_for(copy.deepcopy(network), trades(), threat=threat), data, 5)
-    wdat = fit(module_for(copy.deepcopy(network), Objective(beta_w=6), distributional(name), threat), data, 5)
+    wdat = fit(module_for(copy.deepcopy(network), WDAT(), distributional(name), threat), data, 5)
     assert same(wdat.network, ours.network)
     assert not same(wdat.network, network)
 
@@ -89,7 +89,7 @@ def test_both_are_textbook_trades(kind, norm, objective, dtype, steps):
     loader.plan.set_epoch(1)
     batches += list(loader)
     wanted = textbook_trades(network, batches, steps, threat, dtype=dtype)
-    terms = trades() if objective == "trades" else Objective(beta_w=6)
+    terms = trades() if objective == "trades" else WDAT()
     found = fit(module_for(copy.deepcopy(network), terms, distributional(), threat), data, steps).network
     for key, value in wanted.state_dict().items():
         torch.testing.assert_close(found.state_dict()[key], value, rtol=0, atol=1e-6, msg=key)
@@ -104,7 +104,7 @@ def test_a_shared_budget_is_not_trades(data):
     """The control of the two tests above: what they compare does depend on the radii."""
     network = small_cnn()
     ours = fit(module_for(copy.deepcopy(network), trades()), data)
-    wdat = fit(module_for(copy.deepcopy(network), Objective(beta_w=6), distributional()), data)
+    wdat = fit(module_for(copy.deepcopy(network), WDAT(), distributional()), data)
     assert not same(wdat.network, ours.network)
 
 

@@ -74,8 +74,11 @@ def test_a_pointwise_attack_measures_nothing(data, monkeypatch, attack):
 
 @pytest.mark.parametrize("name", ["trades", "clean"])
 def test_an_objective_without_the_attack_measures_nothing(data, monkeypatch, chosen, name):
-    module = module_for(small_cnn(), chosen("objective", name), sensitivity=Exact(every=1))
+    said = []
+    module = module_for(small_cnn(), chosen("objective", name), sensitivity=Exact(every=1), notify=said.append)
     assert passes(module, data, monkeypatch, 2) == []
+    assert [text for text in said if "attack=wpgd_budget is not used" in text] == said
+    assert len(said) == 1, "it is said once"
 
 
 def test_data_that_cannot_be_measured_are_refused(data):

@@ -9,27 +9,28 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from wdat.attacks import AttackResult
 from wdat.distributed import current
 from wdat.training.callbacks.cadence import due
-from wdat.training.module import WDATModule
 
 
 class AttackLog(L.Callback):
-    """Logs `train/upsilon`, `train/radius_max`, `train/top1_share` and `train/zero_radii` of the global batch."""
+    """Logs `train/upsilon`, `train/radius_max`, `train/top1_share` and `train/zero_radii` of the global batch.
+
+    They come from the mapping that `training_step` returns: `attack_result` and `upsilon`, as `WDATModule` has them.
+    """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at the trainer's own cadence."""
-        if not isinstance(pl_module, WDATModule) or pl_module.last_attack is None:
+        result: AttackResult | None = (outputs or {}).get("attack_result")
+        if result is None or not due(trainer):
             return
-        if not due(trainer):
-            return
-        result = pl_module.last_attack
         radii = current(pl_module.device).gather(result.distances if result.radii is None else result.radii)
         values = radius_figures(radii, result.threat.p)
-        if not result.threat.is_pointwise and not pl_module.attack.by_distance:
-            values["upsilon"] = pl_module.sensitivity.upsilon()
+        if outputs.get("upsilon") is not None:
+            values["upsilon"] = outputs["upsilon"]()
         for key, value in values.items():
             pl_module.log(f"train/{key}", value, rank_zero_only=True)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wdat.errors import SettingError
+from wdat.errors import SettingError, check_real
 
 
 class ExponentialAveraging(WeightAveraging):
@@ -37,8 +37,7 @@ class ExponentialAveraging(WeightAveraging):
 
     def __init__(self, decay: float = 0.995, start: float = 0.0) -> None:
         for key, value in (("decay", decay), ("start", start)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise SettingError(f"averaging.{key}={value} must be a number in [0, 1)")
+            check_real(f"averaging.{key}", value, "[0, 1)")
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
         self.decay, self.start = decay, start
         self._start_step: int | None = None

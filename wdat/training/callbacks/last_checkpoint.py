@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from wdat.distributed import current
-from wdat.errors import SettingError
+from wdat.errors import check_real
 
 
 class LastCheckpoint(Checkpoint):
@@ -24,8 +24,8 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: str | Path, minutes: float | None = 15.0) -> None:
-        if minutes is not None and minutes < 0:
-            raise SettingError(f"callbacks.last_checkpoint.minutes={minutes} must not be negative; null for none")
+        if minutes is not None:
+            check_real("callbacks.last_checkpoint.minutes", minutes, "[0, inf)", "not negative; null for none")
         self.path, self.minutes = Path(path), minutes
         self._saved = time.monotonic()
 

@@ -1,125 +1,175 @@
-"""Clean, pointwise and distributional accuracy over the whole validation or test set, on any number of processes."""
+"""Clean and robust accuracy over the whole validation or test set, on any number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
 from wdat.attacks import Attack
 from wdat.data.batch import Batch
 from wdat.distributed import current, together
 from wdat.errors import SettingError
 from wdat.evaluation import ImageTensors, evaluate
-from wdat.evaluation.evaluator import Progress
+from wdat.evaluation.evaluator import Progress, plan
 from wdat.gradients import ordinary
 from wdat.records import Facts, Record, RecordFile
-from wdat.training.module import WDATModule
+from wdat.threat import ThreatModel, parse_budget
 
 
 class RobustEvaluation(L.Callback):
     """Attacks the images that a validation or test loop has seen, as one set with one budget.
 
-    Logs `{val,test}/{acc_pointwise,acc_distributional,upsilon,distance}`, and adds the records to a results.
+    For any LightningModule that holds its network, and any loader of batches whose first two members are images in
+    [0, 1] and labels. Logs, as `val/…` or `test/…`: `acc_clean`; `acc_pointwise`, the lowest accuracy under the
+    pointwise attacks; `acc_distributional`, the lowest under the others, and `distance`, the W_p length of that move;
+    `acc_NAME` of each distributional attack where there are several; `upsilon` of the first loss.
+
+    Records of a validation during training have the stage `epoch`. A checkpoint that the trainer has loaded for a test
+    is the one that its records name.
 
     Args:
-        pointwise: The attack behind `acc_pointwise`, at p = inf.
-        distributional: The attack behind `acc_distributional`.
-        loss: The loss whose Υ is logged.
+        threat: Order, norm and budget.
+        attacks: Names, or attacks; pointwise ones run at p = inf.
+        losses: For each, one clean record and one run of every attack given by name.
+        options: Settings of attacks given by name, such as `{"wpgd": {"steps": 100}}`.
+        deltas: Further budgets at which a test set is attacked.
+        network: The attribute of the module that holds the network; empty for the module itself.
+        stage: What records outside training say; None for `before` until the trainer has trained and `after` from then.
+        records: Where records go: a file, its path, or None to keep them here.
+        facts: What records say of network, data and seed.
         batch_size: Images per pass.
-        curve: Further budgets at which a test set is attacked, in units of the threat's.
+        progress: Called with a label, steps done and steps in all.
+
+    Attributes:
+        records: The records, written through to their file.
+
+    Raises:
+        SettingError: If there is no attack, or a name, option or budget can't be used.
     """
 
     def __init__(
         self,
-        pointwise: Attack,
-        distributional: Attack,
-        loss: str = "ce",
+        threat: ThreatModel,
+        attacks: Sequence[str | Attack] = ("pgd", "wpgd"),
+        *,
+        losses: Sequence[str] = ("ce",),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        deltas: Sequence[float | str] = (),
+        network: str = "network",
+        stage: str | None = None,
+        records: RecordFile | str | Path | None = None,
+        facts: Facts | None = None,
         batch_size: int = 512,
-        curve: Sequence[float] = (),
+        progress: Progress | None = None,
     ) -> None:
-        if not pointwise.pointwise:
-            raise SettingError(
-                f"callbacks.robust_evaluation.pointwise.name={pointwise.name} is not pointwise; use pgd or fgsm"
-            )
-        self.pointwise, self.distributional = pointwise, distributional
-        self.loss, self.batch_size, self.curve = loss, batch_size, tuple(curve)
-        self.results = RecordFile(None)
-        self.facts = Facts()
-        self.stage = "evaluate"
-        self.progress: Progress | None = None
-        self.last: list[Record] = []
-        self._batches: list[Batch] = []
+        self.threat, self.losses, self.batch_size = threat, tuple(losses), batch_size
+        self.attacks = plan(attacks, losses, options, batch_size)
+        if not self.attacks or not self.losses:
+            raise SettingError("evaluation.attacks and evaluation.losses must each name at least one")
+        for attack in self.attacks:
+            attack.threat_of(threat)  # refuses an impossible pair before any work
+        self.deltas = [parse_budget(delta, "evaluation.deltas") for delta in deltas]
+        self.network, self.stage, self.facts, self.progress = network, stage, facts or Facts(), progress
+        self.records = (
+            records if isinstance(records, RecordFile) else RecordFile(None if records is None else Path(records))
+        )
+        self._trained = False
+        self._batches: list[tuple[Tensor, ...]] = []
 
-    def describe(self, results: RecordFile, facts: Facts, progress: Progress | None = None) -> None:
-        """Where records go, what they say of the run, and who is told of the progress."""
-        self.results, self.facts, self.progress = results, facts, progress
+    @property
+    def metrics(self) -> set[str]:
+        """Names of what is logged, without the split."""
+        pointwise = {"acc_pointwise"} if any(a.pointwise for a in self.attacks) else set()
+        shared = [a.name for a in self.attacks if not a.pointwise]
+        several = {f"acc_{name}" for name in shared} if len(shared) > 1 else set()
+        return {"acc_clean", "upsilon", *pointwise, *({"acc_distributional", "distance"} if shared else ()), *several}
 
-    def _collect(self, batch: Batch) -> None:
-        x, y, index = ordinary(batch.x, batch.y, batch.index)
-        self._batches.append(batch._replace(x=x, y=y, index=index))
+    def _collect(self, batch: Any) -> None:
+        members = (batch.x, batch.y, batch.index) if isinstance(batch, Batch) else (batch[0], batch[1])
+        self._batches.append(ordinary(*members))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the images."""
         self._collect(batch)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the images."""
         self._collect(batch)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on a test is one of trained weights."""
+        self._trained = True
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attack the validation set."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._evaluate(trainer, pl_module, "val", "epoch", trainer.current_epoch + 1)
-        else:
-            self._evaluate(trainer, pl_module, "val", self.stage, None)
+        self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attack the test set."""
-        self._evaluate(trainer, pl_module, "test", self.stage, None)
+        self._evaluate(trainer, pl_module, "test", self.deltas)
 
     def _evaluate(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, stage: str, epoch: int | None
+        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, deltas: Sequence[float] = ()
     ) -> None:
         batches, self._batches = self._batches, []
-        if trainer.sanity_checking or not isinstance(pl_module, WDATModule):
+        if trainer.sanity_checking:
             return
-        device, threat = pl_module.device, pl_module.threat
-        processes = current(device)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        network: nn.Module = getattr(pl_module, self.network) if self.network else pl_module
+        processes = current(pl_module.device)
         with together(processes):
-            images = ImageTensors.collect(batches, device)
+            images = ImageTensors.collect(batches, pl_module.device)
         run = partial(
             evaluate,
-            pl_module.network,
+            network,
             images,
-            attacks=[self.pointwise, self.distributional],
+            attacks=self.attacks,
             batch_size=self.batch_size,
-            stage=stage,
+            stage="epoch" if fitting else self.stage or ("after" if self._trained else "before"),
             split=split,
-            epoch=epoch,
-            facts=self.facts,
+            epoch=trainer.current_epoch + 1 if fitting else None,
+            facts=self.facts if fitting else self._of_checkpoint(trainer),
             processes=processes,
             progress=self.progress,
         )
-        self.last = run(threat, losses=[self.loss], pictures=split == "test")
-        self.results.add(self.last)
-        for factor in self.curve if split == "test" else ():
-            self.results.add(run(replace(threat, delta=factor * threat.delta), losses=[]))
-        clean, pointwise, distributional = self.last
-        values = {
-            "acc_pointwise": pointwise.accuracy,
-            "acc_distributional": distributional.accuracy,
-            "upsilon": clean.upsilon,
-            "distance": distributional.distance,
-        }
-        for key, value in values.items():
-            if value is not None:
-                pl_module.log(f"{split}/{key}", value, prog_bar=key.startswith("acc"))
+        found = run(self.threat, losses=self.losses, pictures=split == "test")
+        further = [run(replace(self.threat, delta=delta), losses=[]) for delta in deltas]
+        if trainer.is_global_zero or self.records.path is None:
+            self.records.add([*found, *(record for records in further for record in records)])
+        for key, value in self._metrics(found).items():
+            pl_module.log(f"{split}/{key}", value, prog_bar=key.startswith("acc"))
+
+    def _of_checkpoint(self, trainer: L.Trainer) -> Facts:
+        """The facts, with the checkpoint that the trainer has loaded, if it has, by its place in the run's folder."""
+        path = trainer.ckpt_path
+        if path is None:
+            return self.facts
+        name = os.path.relpath(path, self.records.path.parent) if self.records.path else str(path)
+        return replace(self.facts, checkpoint=name)
+
+    def _metrics(self, found: Sequence[Record]) -> dict[str, float]:
+        """What is logged, by name, of the clean records and those of the attacks, in this order."""
+        clean, attacked = found[0], list(zip(self.attacks, found[len(self.losses) :], strict=True))
+        values: dict[str, float | None] = {"acc_clean": clean.accuracy, "upsilon": clean.upsilon}
+        pointwise = [record.accuracy for attack, record in attacked if attack.pointwise]
+        shared = [record for attack, record in attacked if not attack.pointwise]
+        if pointwise:
+            values["acc_pointwise"] = min(pointwise)
+        if shared:
+            strongest = min(shared, key=lambda record: record.accuracy)
+            values |= {"acc_distributional": strongest.accuracy, "distance": strongest.distance}
+        if len(shared) > 1:
+            values |= {f"acc_{record.attack}": record.accuracy for record in shared}
+        return {key: value for key, value in values.items() if value is not None}

@@ -103,7 +103,7 @@ def test_after_training_a_checkpoint_holds_the_average_alone(digits, make, make_
 
 
 def test_what_the_module_has_beside_weights_is_not_copied(digits, make, make_trainer):
-    """Such as a progress display, which holds a lock, and the adversarial images of the last step."""
+    """Such as a progress display, which holds a lock."""
 
     class Display:
         def __init__(self):
@@ -112,9 +112,6 @@ def test_what_the_module_has_beside_weights_is_not_copied(digits, make, make_tra
         def report(self, label, done, total):
             pass
 
-    module = make()
-    module.report = Display().report
-    averaging = ExponentialAveraging(0.9)
-    for _ in range(2):  # the second time there is a last attack
+    module, averaging = make(progress=Display().report), ExponentialAveraging(0.9)
+    for _ in range(2):
         make_trainer(averaging).fit(module, digits())
-    assert module.last_attack is not None

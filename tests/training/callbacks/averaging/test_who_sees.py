@@ -82,12 +82,12 @@ def test_attacks_in_validation_are_given_the_average(
 
     def outside(state):
         network.load_state_dict(state)
-        attacks = [evaluation.pointwise, evaluation.distributional]
         batches = [(images.pixels(torch.arange(len(images)), None).float() / 255, images.labels)]
-        records = wdat.evaluate(network, batches, module.threat, attacks, losses=["ce"])
+        records = wdat.evaluate(network, batches, module.threat, evaluation.attacks, losses=["ce"])
         return records[0].upsilon, [r.loss_mean for r in records]
 
-    found = evaluation.last[0].upsilon, [r.loss_mean for r in evaluation.last]
+    last = evaluation.records.records[-3:]
+    found = last[0].upsilon, [r.loss_mean for r in last]
     assert found == outside(weights(module.network))
     assert found != outside(trail.raw[-1])
 
@@ -105,11 +105,11 @@ def test_evaluation_apart_from_training_scores_what_it_is_given(
     def alone():
         plain = make_evaluation()
         getattr(make_trainer(plain), split)(module, data, verbose=False)
-        return [(r.accuracy, r.loss_mean, r.upsilon) for r in plain.last]
+        return [(r.accuracy, r.loss_mean, r.upsilon) for r in plain.records.records[-3:]]
 
     def checked(ckpt_path=None):
         run(ckpt_path=ckpt_path)
-        assert [(r.accuracy, r.loss_mean, r.upsilon) for r in evaluation.last] == alone()
+        assert [(r.accuracy, r.loss_mean, r.upsilon) for r in evaluation.records.records[-3:]] == alone()
         return weights(module.network)
 
     initial = weights(module.network)

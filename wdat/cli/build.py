@@ -1,0 +1,156 @@
+"""Objects from the configuration: a node names a class by `_target_`, and its other keys are the class's arguments."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from wdat.attacks import ATTACKS, Attack
+from wdat.errors import RunError, SettingError, cause, unknown
+
+THREE_CLASSES = ("dlr", "redlr")  # losses that compare three logits
+
+
+def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
+    """What a node of the configuration describes; None for a node that is null.
+
+    Args:
+        node: A mapping with `_target_`.
+        setting: Its key on the command line, such as `"attack"`.
+        arguments: Further arguments of the class.
+        given: Further arguments by name, which win over the node's.
+
+    Raises:
+        SettingError: If the class can't be found or refuses its arguments; the message names the setting.
+    """
+    if node is None:
+        return None
+    _check(node, setting, bool(arguments), set(given))
+    try:
+        return instantiate(node, *arguments, **given)
+    except InstantiationException as error:
+        meant = cause(error, SettingError, RunError)
+        if meant is not None:
+            # Attacks speak of `attack.…`, wherever they stand.
+            raise type(meant)(re.sub(r"\battack\.(?=\w+=)", f"{_attack_key(error, setting)}.", str(meant))) from error
+        if isinstance(error.__cause__, (TypeError, ValueError)):
+            raise _unusable(node, setting, error.__cause__) from error
+        raise
+
+
+def try_optimizer(factory: Any, setting: str, node: Any, parameters: Sequence[Any]) -> None:
+    """Refuse arguments that an optimiser would refuse when it is made, before any work.
+
+    Args:
+        factory: The optimiser without parameters.
+        setting: Its key on the command line.
+        node: Its configuration.
+        parameters: Any.
+    """
+    try:
+        factory(parameters)
+    except (TypeError, ValueError) as error:
+        raise _unusable(node, setting, error) from error
+
+
+def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | Attack], dict[str, Mapping[str, Any]]]:
+    """The attacks of an evaluation, for `wdat.evaluate` and `RobustEvaluation`.
+
+    Args:
+        node: A configuration as `conf/evaluation/` composes it: `attacks`, a list of names and of mappings with
+            `_target_`, and `attack_options`, settings by name, of which those with `_target_` define a name.
+        setting: Its key on the command line; empty for the top level.
+
+    Returns:
+        Names and attacks, and the options of the names.
+
+    Raises:
+        SettingError: If a name is unknown or an attack can't be made.
+    """
+    prefix = f"{setting}." if setting else ""
+    if not isinstance(node.attacks, (ListConfig, list)):
+        raise SettingError(f"{prefix}attacks={node.attacks} must be a list: {prefix}attacks=[{node.attacks}]")
+    options: dict[str, Any] = OmegaConf.to_container(node.attack_options, resolve=True)  # type: ignore[assignment]
+    found: list[str | Attack] = []
+    for position, chosen in enumerate(node.attacks):
+        if isinstance(chosen, DictConfig):
+            found.append(build(chosen, f"{prefix}attacks[{position}]"))
+        elif "_target_" in options.get(chosen, {}):
+            found.append(build(node.attack_options[chosen], f"{prefix}attack_options.{chosen}"))
+        elif chosen not in ATTACKS:
+            raise unknown("attack", chosen, {*ATTACKS, *options}, f"{prefix}attacks")
+        elif ATTACKS[chosen].by_distance:
+            raise SettingError(f"{prefix}attacks: {chosen} trains; to evaluate, use knapsack")
+        else:
+            found.append(chosen)
+    return found, {name: given for name, given in options.items() if "_target_" not in given}
+
+
+def check_classes(num_classes: int, losses: Mapping[str, Any]) -> None:
+    """Refuse losses that need more classes than there are.
+
+    Args:
+        num_classes: Of the data.
+        losses: Names of losses by their keys on the command line.
+
+    Raises:
+        SettingError: If a loss needs at least three.
+    """
+    for setting, name in losses.items():
+        if name in THREE_CLASSES and num_classes < 3:
+            raise SettingError(
+                f"{setting}={name} needs at least three classes and the data have {num_classes} (data.num_classes): "
+                "use ce or margin"
+            )
+
+
+def _check(node: Any, setting: str, positional: bool, given: set[str]) -> None:
+    """Refuse a class that can't be found and arguments that it doesn't have, in this node and those within."""
+    for key, value in node.items():
+        if isinstance(value, DictConfig) and "_target_" in value:
+            _check(value, f"{setting}.{key}", False, set())
+    name = node.get("_target_")
+    if not isinstance(name, str):
+        raise SettingError(f"{setting} names no class: set {setting}._target_=package.module.Class")
+    try:
+        target = get_object(name)
+    except Exception as error:  # whatever the module raises when it is imported
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise SettingError(f"{setting}._target_={name} can't be imported ({reason})") from error
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # made in C
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+    for key in node:
+        if not str(key).startswith("_") and key not in known:
+            wrong = unknown(f"argument of {name.rpartition('.')[2]}", key, known, f"{setting}.{key}")
+            raise SettingError(f"{wrong}; leave it out with ~{setting}.{key}")
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    missing = [name for name in required if name not in node and name not in given]
+    if missing and not positional and not node.get("_partial_"):
+        raise SettingError(f"{setting}.{missing[0]} must be set: {name} needs it")
+
+
+def _attack_key(error: InstantiationException, setting: str) -> str:
+    """The key of the node that failed, as Hydra reports it, if it is one within `setting`."""
+    found = re.search(r"full_key: (\S+)", str(error))
+    within = found[1].rpartition(f"{setting}.")[2] if found and f"{setting}." in f"{found[1]}." else ""
+    return f"{setting}.{within}" if within and within != setting else setting
+
+
+def _unusable(node: Any, setting: str, error: BaseException) -> SettingError:
+    kind = str(node["_target_"]).rpartition(".")[2]
+    return SettingError(
+        f"{setting} doesn't fit {kind} ({str(error).splitlines()[0]}); look at the settings {setting}.*"
+    )
