@@ -59,15 +59,14 @@ def test_the_trap_would_spring(trap, tmp_path):
     assert trap.sprung()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["network.pt", "last.ckpt", "best.ckpt"])
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "network.pt") for kind in KINDS), ("zip", "last.ckpt")])
 def test_a_checkpoint_runs_no_code(trap, tmp_path, kind, name):
     with pytest.raises(SettingError, match=r"nothing is unpickled here.*model\.checkpoint"):
         load_network("small_cnn", checkpoint=trap(kind, tmp_path / name))
     assert not trap.sprung()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["zip"])
 def test_what_is_resumed_runs_no_code(trap, tmp_path, kind):
     assert damage(trap(kind, tmp_path / "best.ckpt"))
     run = tmp_path / "run"
@@ -81,7 +80,7 @@ def test_what_is_resumed_runs_no_code(trap, tmp_path, kind):
     assert not trap.sprung()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["zip"])
 def test_flips_that_were_kept_run_no_code(trap, tmp_path, kind):
     file = trap(kind, tmp_path / "run" / "nearest_linf.pt")
     result = run_script(EVALUATE, *EVALUATED, "data=digits", "data.limit_test=8", f"hydra.run.dir={file.parent}")
