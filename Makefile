@@ -1,37 +1,46 @@
 # make quickstart   make the environment, install, run the main job on embedded data
+# make check        format, lint, import contract and types
 # make test         make the environment, install, run the tests
+# make test-cpu     the tests whose results depend on kernels, once more as an older CPU would run them
 # make test-long    what takes minutes: real sweeps, kills, benchmarks
 # make test-zoo     every architecture of RobustBench's zoo with random weights (long)
-# make check        format, lint, types and quick tests, before each commit
 # make sweep-smoke  every sweep at its smallest, offline (minutes on two cores)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-long test-zoo check format sweep-smoke clean
+.PHONY: quickstart check format test test-cpu test-long test-zoo sweep-smoke clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py experiment=quickstart
 
-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-
-test-long: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile
-
-test-zoo: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo tests/models
-
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q -n 2 --dist loadfile
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+test: $(INSTALLED)
+	$(PYTEST) -q -n 2 --dist loadfile
+
+# AVX2 where the CPU has AVX-512, else PyTorch's kernels for any CPU
+CPU ?= $(shell grep -qs avx512f /proc/cpuinfo && echo avx2 || echo default)
+test-cpu: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=$(CPU) $(if $(filter avx2,$(CPU)),ONEDNN_MAX_CPU_ISA=AVX2) $(PYTEST) -q -n 2 --dist loadfile \
+	  -m "not slow" tests/attacks tests/evaluation tests/models tests/sensitivity tests/training/module \
+	  tests/distributed tests/test_objectives.py tests/test_losses.py tests/test_gradients.py tests/test_threat.py
+
+test-long: $(INSTALLED)
+	$(PYTEST) -m long -n 2 --dist loadfile
+
+test-zoo: $(INSTALLED)
+	$(PYTEST) -m zoo tests/models
 
 sweep-smoke: $(INSTALLED)
 	$(BIN)/python -m sweeps.smoke

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 from rich.progress import track
@@ -57,7 +58,7 @@ def main() -> None:
         for _ in track(range(options.rounds + 1), f"{options.network}, {norm}", transient=True):
             loop = seconds(lambda: plain(network, x, y, options.steps, options.batch_size))
             ours = seconds(
-                lambda t=threat: attack(network, x, y, t, "wpgd", steps=options.steps, batch_size=options.batch_size)
+                partial(attack, network, x, y, threat, "wpgd", steps=options.steps, batch_size=options.batch_size)
             )
             pairs.append((loop, ours))
         pairs = pairs[1:]  # the first warms up

@@ -211,11 +211,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the networks' pictures")
     args = parser.parse_args()
     if args.out:
-        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
+        found = rows(args.out, args.control)
+        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": found}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
-        for network in (r["network"] for r in record["rows"] if (r["test"], r["arm"]) == ("test_jpeg", BASE)):
+        for network in (r["network"] for r in found if (r["test"], r["arm"]) == ("test_jpeg", BASE)):
             place = args.pictures / f"case-study-{network}.png"
             picture(args.out, network, [BASE, CONTROL, "wdat_ce", "critical_draw"], place)
             CONSOLE.print(f"picture {place}", markup=False)

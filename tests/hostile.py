@@ -27,8 +27,6 @@ EVALUATED = [
     "attack_options.knapsack.targets=1",
 ]  # fmt: skip
 
-PROGRAMS = sorted([*ROOT.glob("wdat/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), TRAIN, EVALUATE])
-
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 CLEAN = Record(
     stage="evaluate", network="net", checkpoint="", data="digits", split="test", attack="none", options={}, loss="ce",

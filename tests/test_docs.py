@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import re
 import shlex
 import sys
@@ -106,18 +105,11 @@ def own(tmp_path_factory):
     forget()
 
 
-def test_every_file_of_ones_own_is_written_once():
-    names = [name for page in PAGES for name in files(page)]
-    assert len(names) == len(set(names)) >= 8
-    for name in names:
-        assert "/conf/" in name if name.endswith(".yaml") else name.endswith(".py")
-
-
 # --- what is typed -------------------------------------------------------------------------------------------------
 
 
 def variants(words):
-    """The arguments without what needs a finished run; of a sweep each combination."""
+    """The arguments without what needs a finished run; of a sweep the first combination and the last."""
     flags = [w for w in words if w.startswith("-") and w not in ("-m", "--multirun")]
     assert all("=" in flag for flag in flags), "write flags as --flag=value"
     flags = [re.sub(r"^(--config-dir=)(?!my/)", rf"\1{ROOT}/", flag) for flag in flags]
@@ -126,7 +118,7 @@ def variants(words):
     for override in OverridesParser.create().parse_overrides(typed):
         swept = override.sweep_string_iterator() if override.is_sweep_override() else None
         choices.append([f"{override.get_key_element()}={v}" for v in swept] if swept else [override.input_line])
-    for overrides in itertools.product(*choices):
+    for overrides in {tuple(choice[end] for choice in choices) for end in (0, -1)}:
         yield [*flags, *overrides]
 
 
@@ -173,11 +165,6 @@ def test_commands_name_what_exists(page, command, own):
             check_composed(OmegaConf.create(shown.out))
 
 
-def test_the_pages_have_commands():
-    assert {Path(page).stem for page, _ in TYPED} >= {"README", "extend", "fine-tune", "method", "report"}
-    assert sum(page == "docs/extend.md" for page, _ in TYPED) >= 7
-
-
 # --- what is linked ------------------------------------------------------------------------------------------------
 
 
@@ -220,18 +207,6 @@ def test_the_index_has_every_page():
     index = PAGES["docs/README.md"].read_text("utf-8")
     for page in DOCS.glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_formulas_survive_markdown(page):
-    """GitHub takes backslashes before punctuation, and stars, for its own; inline formulas end on their line."""
-    text = re.sub(r"`[^`]*`", "", prose(page))
-    for line in text.splitlines():
-        assert line.count("$") % 2 == 0, line
-    for formula in re.findall(r"\${1,2}([^$]+)\${1,2}", text):
-        assert not re.search(r"\\[^A-Za-z]|\*", formula), formula
-        assert formula.count("{") == formula.count("}"), formula
-        assert formula.count("(") + formula.count("[") == formula.count(")") + formula.count("]"), formula
 
 
 def test_figures_are_made_from_committed_records(tmp_path):
@@ -341,12 +316,6 @@ def test_extending(followed, command):
         assert (run.calls["mart"] > 0) == ("objective=mart" in command or run.resumed)
         assert (run.config.attack._target_ == "my.momentum.build") == ("attack=momentum" in command or run.resumed)
         assert {r.epoch for r in run.records if r.stage == "epoch"} == ({1, 2} if run.resumed else {1})
-
-
-def test_extending_covers_each_kind(followed):
-    text = " ".join(followed)
-    for what in ("attack=momentum", "objective=mart", "data=folders", "resume=", "evaluate.py"):
-        assert what in text
 
 
 @pytest.fixture

@@ -72,23 +72,14 @@ def test_an_evaluation_cuts_as_robustbench_does_for_the_network(network):
     assert network.sizes == {(3, 288, 288)}
 
 
-def test_the_user_may_cut_otherwise(network):
-    result = run_script(
-        ROOT / "evaluate.py", *SETTINGS, "trainer.accelerator=cpu", "attacks=[pgd]", "losses=[ce]",
-        "attack_options.pgd.steps=2", "data.preprocessing=Res40Crop32",
-    )  # fmt: skip
-    assert (result.status, result.err) == (0, "")
-    assert network.sizes == {(3, 32, 32)}
-
-
-def test_training(network):
+def test_training_with_another_preprocessing_of_the_users(network):
     before = network[2].weight.detach().clone()
-    result = run_script(ROOT / "train.py", *SETTINGS, *TRAINING)
+    result = run_script(ROOT / "train.py", *SETTINGS, *TRAINING, "data.preprocessing=Res40Crop32")
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))
-    assert {(r.data, r.n) for r in records if r.split == "test"} == {("imagenet:Crop288", 8)}
+    assert {(r.data, r.n) for r in records if r.split == "test"} == {("imagenet:Res40Crop32", 8)}
     assert {r.stage for r in records} == {"before", "epoch", "after"}
-    assert network.sizes == {(3, 288, 288)}
+    assert network.sizes == {(3, 32, 32)}
     assert not torch.equal(network[2].weight, before)
 
 

@@ -84,7 +84,9 @@ def test_every_attack_runs_alone_in_channels_last(name, threat):
     wide = ThreatModel(threat.p, threat.norm, threat.delta * 6)
     attack = AutoAttack(version="custom", attacks_to_run=(name,))
     last = attack(network, x.to(memory_format=torch.channels_last), y, wide)
-    assert last.accuracy == attack(network, x, y, wide).accuracy < 1
+    plain = attack(network, x, y, wide)
+    assert max(last.accuracy, plain.accuracy) < 1
+    assert last.accuracy == pytest.approx(plain.accuracy, abs=1.01 / len(x))  # other kernels' rounding may tip an image
 
 
 def test_no_budget_and_no_images():

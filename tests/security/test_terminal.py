@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hostile import CLEAN, PROGRAMS, ROOT, WPGD, page_of
+from hostile import CLEAN, WPGD, page_of
 from rich.console import Console
 
 from wdat.cli.console import before_after, evaluation_table, readable_errors
@@ -62,14 +62,6 @@ def test_a_key_of_a_file_steers_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit), readable_errors():
         load_network("small_cnn", checkpoint=tmp_path / "x.pt")
     assert "\x1b" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("file", [p for p in PROGRAMS if "benchmarks" not in p.parts], ids=lambda f: f.name)
-def test_programs_print_through_the_plain_console(file):
-    """Rich's own takes brackets in names and paths for markup. Benchmarks print names of their own."""
-    if file == ROOT / "wdat" / "cli" / "console.py":
-        return
-    assert not re.search(r"(?<!Plain)Console\(", file.read_text(encoding="utf-8"))
 
 
 NAMES = ["$\\frac$", "$\\frac", "\\", "_hidden", f"a{STEERING}b\x00\udcff", "用户", "x" * 5000, "\n" * 50]
