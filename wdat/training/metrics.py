@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from wdat.losses import correct
+
 
 def _log_of_sum(logs: Tensor) -> Tensor:
     return torch.logsumexp(logs, 0)
@@ -36,8 +38,8 @@ class CountAccuracy(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count logits (N, K) against labels (N,)."""
-        self.correct += (logits.argmax(1) == labels).sum()
+        """Count logits (N, K) against labels (N,); those that aren't finite are wrong."""
+        self.correct += correct(logits, labels).sum()
         self.total += labels.numel()
 
     def compute(self) -> Tensor:
