@@ -114,7 +114,7 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
                 f"{name} can't take images {shape} of {str(x.dtype).removeprefix('torch.')} on {x.device} "
                 f"({reason}): choose data and model that fit each other{hint}"
             ) from error
-    if not isinstance(out, Tensor) or out.shape != (1, out.shape[-1]) or not out.is_floating_point():
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 1 or not out.is_floating_point():
         raise SettingError(f"{name} gives {_described(out)}")
     if out.shape[1] < 2:
         raise SettingError(
