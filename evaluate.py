@@ -103,8 +103,7 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
 
 def load(cfg: DictConfig) -> tuple[Any, nn.Module]:
     """The data, read and split, and the network."""
-    data = instantiate(cfg.data)
-    data.suit(models.preprocessing(cfg.model))
+    data = instantiate(cfg.data, preprocessing=cfg.data.get("preprocessing") or models.preprocessing(cfg.model))
     with one_at_a_time():
         data.prepare_data()
         network = instantiate(cfg.model)
@@ -135,8 +134,7 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
             torch.cuda.set_device(device)
     with together(everyone):
         data, network = load(cfg)
-        data.share(team.place.rank, team.place.world)
-        loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
+        loader = data.evaluation_loader(cfg.split, team.place.rank, team.place.world)
         images = ImageTensors.collect(loader, device)
         network = network.to(device).eval()
     name = models.title(cfg.model)

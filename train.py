@@ -71,8 +71,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     L.seed_everything(cfg.seed, verbose=False)
     logger = instantiate(cfg.logger)  # first, because it may want a login
     threat = instantiate(cfg.threat)
-    data = instantiate(cfg.data)
-    data.suit(models.preprocessing(cfg.model))
+    data = instantiate(cfg.data, preprocessing=cfg.data.get("preprocessing") or models.preprocessing(cfg.model))
     objective: Objective = instantiate(cfg.objective)
     attack = instantiate(cfg.attack)
     with one_at_a_time():
