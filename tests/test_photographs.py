@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 EVALUATION = "evaluation.attack_options"
 SETTINGS = [
     "model=robustbench", "model.name=Wong2020Fast", "model.dataset=imagenet", "data=imagenet", "data.root=photographs",
-    "data.num_classes=4", "data.val_size=4", "data.limit_test=8", "data.balanced=true", "data.workers=1",
+    "data.num_classes=4", "data.val_size=4", "data.limit_test=8", "data.workers=1",
     "hydra.run.dir=run",
 ]  # fmt: skip
 TRAINING = [

@@ -47,7 +47,7 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
-        parts.append(gradients_of(images, network(images), target[rows], loss))
+        parts.append(gradients_of(images, network(images.clone()), target[rows], loss))  # it may write into its input
     if len(parts) == 1:
         return parts[0]
     return Gradients(*(torch.cat([getattr(p, f) for p in parts]) for f in Gradients.__dataclass_fields__))
@@ -75,13 +75,14 @@ def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, ret
 def forward(network: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Logits (N, K) of all images, without gradients, in passes of `batch_size`.
 
-    Not every network accepts an empty batch, so the width K for no images is that of a blank one.
+    Not every network accepts an empty batch, so the width K for no images is that of a blank one. The network is given
+    copies, because some write into their input.
     """
     with torch.no_grad():
         if not len(x):
             blank: Tensor = network(x.new_zeros((1, *x.shape[1:])))
             return blank[:0]
-        return torch.cat([network(x[i : i + batch_size]) for i in range(0, len(x), batch_size)])
+        return torch.cat([network(x[i : i + batch_size].clone()) for i in range(0, len(x), batch_size)])
 
 
 @contextmanager

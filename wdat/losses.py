@@ -23,6 +23,24 @@ def _precise(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def predictions(logits: Tensor) -> Tensor:
+    """Predicted classes (N,), int64; −1, which is no class, where a logit isn't finite; (N, K) → (N,).
+
+    The argmax of a row of NaN is class 0, which would make a broken network robust on that class.
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """The verdict on each image: whether its logits are finite and the label's is the largest; (N, K), (N,) → (N,)."""
+    return predictions(logits) == labels
+
+
+def nonfinite(logits: Tensor) -> int:
+    """How many rows of logits (N, K) have a logit that isn't finite; their images count as misclassified."""
+    return int((~logits.isfinite().all(1)).sum())
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log softmax in float32 at least; (N, K) → (N, K)."""
     return F.log_softmax(_precise(logits), dim=1)
@@ -61,14 +79,23 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         SettingError: With fewer than three classes.
     """
-    if logits.shape[1] < 3:
+    check_classes("dlr", logits.shape[1])
+    z = _precise(logits)
+    top = z.topk(3, dim=1).values
+    return margin(z, labels) / (top[:, 0] - top[:, 2]).clamp_min(DLR_FLOOR)
+
+
+def check_classes(name: str, classes: int) -> None:
+    """Refuse a loss that needs more classes than there are.
+
+    Raises:
+        SettingError: DLR and ReDLR with fewer than three classes.
+    """
+    if name in ("dlr", "redlr") and classes < 3:
         raise SettingError(
             "the losses dlr and redlr need at least three classes; use ce: losses=[ce], attack.loss=ce, "
             "evaluation.attack_options.wpgd.loss=ce"
         )
-    z = _precise(logits)
-    top = z.topk(3, dim=1).values
-    return margin(z, labels) / (top[:, 0] - top[:, 2]).clamp_min(DLR_FLOOR)
 
 
 def redlr(logits: Tensor, labels: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Record:
         epoch: Epochs trained, for stage `epoch`.
         weights, images: Digests of what was measured, where they were taken (`evaluate.py` takes them).
         dropped: Images left out because their gradient was not finite.
+        nonfinite: Images whose logits were not finite, at the images that the accuracy is of; they count as wrong.
         details: What only some attacks know, in plain values; `wdat.evaluation.details` lists the keys.
     """
 
@@ -125,6 +126,7 @@ class Record:
     weights: str | None = None
     images: str | None = None
     dropped: int = 0
+    nonfinite: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

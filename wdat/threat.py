@@ -7,6 +7,7 @@ it is the usual pointwise threat. Sources: [B] arXiv 2306.09844 (NeurIPS 2023).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,7 +154,8 @@ class ThreatModel:
         delta: Budget in pixel units of [0, 1]; a number, or text such as `"8/255"`.
 
     Raises:
-        SettingError: If p < 1, the norm is unknown, or the budget is negative, infinite or unreadable.
+        SettingError: If p < 1, the norm is unknown, or the budget is negative, infinite, unreadable or, in linf,
+            more than the whole range of a pixel.
 
     Example:
         >>> threat = ThreatModel(p=2, norm="linf", delta="8/255")
@@ -172,6 +174,28 @@ class ThreatModel:
             raise SettingError(f"threat.p={self.p:g} must be at least 1; 2 is usual, inf is the pointwise threat")
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS, "threat.norm")
+        if self.norm == "linf":
+            self._refuse_beyond(1.0, "the whole range of a pixel")
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuse a budget that no image can use up.
+
+        Args:
+            shape: (C, H, W) of the images.
+
+        Raises:
+            SettingError: If δ is more than the largest distance of two images in [0, 1].
+        """
+        diameter = 1.0 if self.norm == "linf" else math.prod(shape) ** 0.5
+        self._refuse_beyond(diameter, f"the largest distance of two images {'×'.join(map(str, shape))}")
+
+    def _refuse_beyond(self, most: float, what: str) -> None:
+        if self.delta > most * (1 + 1e-9):
+            meant = f"did you mean {self.delta:g}/255?" if self.delta < 256 else "write it like 8/255"
+            raise SettingError(
+                f"threat.delta={self.delta:g} is more than {most:.4g}, {what}: budgets (threat.delta, deltas) are in "
+                f"pixel units of [0, 1]; {meant}"
+            )
 
     @property
     def q(self) -> float:

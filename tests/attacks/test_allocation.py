@@ -33,7 +33,7 @@ def _of(values: torch.Tensor, q: float, make=Sensitivity):
 
 @given(norms, orders, st.floats(1e-4, 10))
 def test_sensitivity_radii_spend_the_budget_exactly(n, p, delta):
-    threat = ThreatModel(p, "linf", delta)
+    threat = ThreatModel(p, "l2", delta)
     radii = sensitivity_radii(n, power_mean(n, threat.q), threat.q, delta)
     if n.max() == 0:
         assert float(radii.max()) == 0.0
@@ -65,7 +65,7 @@ def test_the_pointwise_threat_has_uniform_radii():
 
 @given(norms, orders, st.floats(1, 6), st.floats(1e-3, 1))
 def test_capped_radii_spend_the_budget_within_the_cap(n, p, cap, delta):
-    threat = ThreatModel(p, "linf", delta)
+    threat = ThreatModel(p, "l2", delta)
     radii = allocate(n, _of(n, threat.q), threat, cap)
     assert float(radii.max()) <= cap * delta * (1 + 1e-6)
     affordable = cap * float((n > 0).double().mean()) ** (1 / p)

@@ -95,10 +95,12 @@ def test_no_budget_leaves_the_clean_accuracy(problem, name, norm):
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "wfgsm", "wpgd", "wpgd_budget"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize(("delta", "dtype"), [(1e3, torch.float32), (1e30, torch.float32), (1e20, torch.float64)])
-def test_enormous_budgets_stay_finite_and_still_attack(problem, name, norm, delta, dtype):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_budgets_stay_finite_and_still_attack(problem, name, norm, share, dtype):
     network, x, y = problem(dtype=dtype)
-    result = build(name)(network, x, y, ThreatModel(2, norm, delta))
+    diameter = 1.0 if norm == "linf" else x[0].numel() ** 0.5
+    result = build(name)(network, x, y, ThreatModel(2, norm, share * diameter))
     assert bool(result.x_adv.isfinite().all())
     assert math.isfinite(result.distance)
     assert result.accuracy < float((network(x).argmax(1) == y).double().mean())

@@ -46,7 +46,7 @@ def _programme(d, p, delta):
 def test_is_the_optimum_of_the_linear_programme(p, seed):
     d = _distances(seed)
     for delta in (0.001, 0.01, 0.02, 0.05):
-        found = solve(d, ThreatModel(p, "linf", delta))
+        found = solve(d, ThreatModel(p, "l2", delta))
         assert found.accuracy == pytest.approx(_programme(d, p, delta), abs=1e-9)
 
 
@@ -61,7 +61,7 @@ def test_no_coupling_on_a_grid_does_better(p):
         spent = (paid.max() if len(paid) else 0.0) if math.isinf(p) else (moved * d.numpy() ** p).mean() ** (1 / p)
         if spent <= delta:
             best = min(best, 1 - moved.mean())
-    found = solve(d, ThreatModel(p, "linf", delta)).accuracy
+    found = solve(d, ThreatModel(p, "l2", delta)).accuracy
     assert found <= best + 1e-12
     assert found >= best - 1 / 8 / len(d) - 1e-12  # one step of the grid for the one image that is split
 
@@ -70,7 +70,7 @@ def test_no_coupling_on_a_grid_does_better(p):
 def test_what_it_reports_fits_together(p):
     d = _distances(3)
     for delta in (0.003, 0.02, 5.0):
-        found = solve(d, ThreatModel(p, "linf", delta))
+        found = solve(d, ThreatModel(p, "l2", delta))
         assert ((found.mass >= 0) & (found.mass <= 1)).all()
         assert found.accuracy == pytest.approx(1 - float(found.mass.mean()), abs=1e-12)
         paid = d[(found.mass > 0) & (d > 0)]
@@ -86,7 +86,7 @@ def test_what_it_reports_fits_together(p):
 def test_no_budget_leaves_the_clean_accuracy():
     d = _distances(0)
     for p in ORDERS:
-        found = solve(d, ThreatModel(p, "linf", 0.0))
+        found = solve(d, ThreatModel(p, "l2", 0.0))
         assert found.accuracy == pytest.approx(float((d > 0).double().mean()), abs=1e-12)
         assert (found.critical, found.length) == (0.0, 0.0)
 
@@ -95,7 +95,7 @@ def test_no_budget_leaves_the_clean_accuracy():
 def test_an_enormous_budget_leaves_images_without_a_flip(p):
     d = _distances(1)
     for delta in (1e3, 1e30, 1e300):
-        found = solve(d, ThreatModel(p, "linf", delta))
+        found = solve(d, ThreatModel(p, "l2", delta))
         assert found.accuracy == pytest.approx(float(d.isinf().double().mean()), abs=1e-12)
         assert math.isfinite(found.length)
         assert math.isfinite(found.critical)
@@ -104,7 +104,7 @@ def test_an_enormous_budget_leaves_images_without_a_flip(p):
 
 def test_tiny_distances_at_a_high_order_do_not_underflow():
     d = torch.tensor([1e-8, 2e-8, 3e-8, 4e-8])
-    found = solve(d, ThreatModel(64, "linf", 2e-8))  # 1e-8 ** 64 is 0 in float64
+    found = solve(d, ThreatModel(64, "l2", 2e-8))  # 1e-8 ** 64 is 0 in float64
     # In units of δ: 0.5^64 ≈ 0, then 1, then 3 of the budget of 4 over 1.5^64: nothing.
     assert found.accuracy == pytest.approx(0.5, abs=1e-6)
     assert found.length == pytest.approx(2e-8, rel=1e-6)
@@ -121,8 +121,8 @@ counted = st.lists(
 @given(counted, st.sampled_from([1, 2, math.inf]), st.floats(0.05, 5))
 def test_the_critical_distance_of_counts_is_that_of_the_repeated_distances(held, p, delta):
     d, counts = torch.tensor(held, dtype=torch.float64).unbind(1)
-    repeated, threat = d.repeat_interleave(counts.long()), ThreatModel(p, "linf", delta)
-    least, most = (solve(repeated, ThreatModel(p, "linf", delta * (1 + e))).critical for e in (-1e-9, 1e-9))
+    repeated, threat = d.repeat_interleave(counts.long()), ThreatModel(p, "l2", delta)
+    least, most = (solve(repeated, ThreatModel(p, "l2", delta * (1 + e))).critical for e in (-1e-9, 1e-9))
     for values, times in ((d, counts), (repeated, torch.ones_like(repeated))):
         assert least <= critical_distance(values, times, threat) <= most  # a budget may end between two images
     assert critical_distance(repeated, None, threat) == solve(repeated, threat).critical
@@ -135,7 +135,7 @@ def test_the_critical_distance_does_not_depend_on_the_order(p):
         torch.tensor([2.0, 1.0, 3.0, 4.0, 2.0]).double(),
     )
     for delta in (0.0, 0.004, 0.01, 0.03, 1.0):
-        threat = ThreatModel(p, "linf", delta)
+        threat = ThreatModel(p, "l2", delta)
         expected = solve(d.repeat_interleave(counts.long()), threat).critical
         for order in itertools.permutations(range(5)):
             assert critical_distance(d[list(order)], counts[list(order)], threat) == expected
@@ -158,7 +158,7 @@ def test_the_curve_agrees_with_solving_at_its_budgets(p):
     for budget, accuracy, following in zip(budgets, accuracies, [*budgets[1:], torch.inf], strict=True):
         if math.isinf(p) and following == budget:
             continue  # tied images fall together
-        found = solve(d, ThreatModel(p, "linf", float(budget) * (1 + 1e-12)))
+        found = solve(d, ThreatModel(p, "l2", float(budget) * (1 + 1e-12)))
         assert found.accuracy == pytest.approx(float(accuracy), abs=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_smaller_distances_and_larger_budgets_never_raise_the_accuracy(p):
     nearer = d * torch.from_numpy(np.random.default_rng(0).uniform(0.3, 1, len(d)))
     last = 1.0
     for delta in (0.0, 1e-3, 0.01, 0.02, 0.1):
-        threat = ThreatModel(p, "linf", delta)
+        threat = ThreatModel(p, "l2", delta)
         accuracy = solve(d, threat).accuracy
         assert solve(nearer, threat).accuracy <= accuracy + 1e-12
         assert accuracy <= last + 1e-12
@@ -178,7 +178,7 @@ def test_smaller_distances_and_larger_budgets_never_raise_the_accuracy(p):
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("delta", [0.0, 0.01])
 def test_the_bootstrap_solves_every_resample_anew(p, delta):
-    d, threat = _distances(5), ThreatModel(p, "linf", delta)
+    d, threat = _distances(5), ThreatModel(p, "l2", delta)
     ordered = d.sort().values  # the resamples draw places in the order of the costs
     generator, brute = torch.Generator().manual_seed(7), []
     for _ in range(200):
@@ -190,7 +190,7 @@ def test_the_bootstrap_solves_every_resample_anew(p, delta):
 
 
 def test_the_bootstrap_covers():
-    generator, threat = torch.Generator().manual_seed(0), ThreatModel(2, "linf", 0.02)
+    generator, threat = torch.Generator().manual_seed(0), ThreatModel(2, "l2", 0.02)
     population = torch.empty(20_000, dtype=torch.float64).exponential_(30, generator=generator)
     truth, covered = solve(population, threat).accuracy, 0
     for trial in range(60):
@@ -203,7 +203,7 @@ def test_the_bootstrap_covers():
 def test_nothing_to_gain_and_nothing_to_lose():
     never, always = torch.full((5,), math.inf), torch.zeros(5)
     for p in ORDERS:
-        threat = ThreatModel(p, "linf", 0.1)
+        threat = ThreatModel(p, "l2", 0.1)
         assert solve(never, threat).accuracy == 1
         assert solve(always, threat).accuracy == 0
         assert solve(always, threat).length == 0

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from witness import fit
 
-from wdat.data import ImageDataModule, ImageSet, digits
+from wdat.data import ImageDataModule, ImageSet
 from wdat.errors import SettingError
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -66,28 +66,25 @@ def loaders(data):
     return data.train_dataloader, data.val_dataloader, data.test_dataloader
 
 
-def test_limits_keep_the_first_and_never_move_the_split(tmp_path):
-    whole, part = make(tmp_path), make(tmp_path, limit_train=16, limit_val=3, limit_test=5)
-    assert part.splits == {"train": 16, "val": 3, "test": 5}
-    for split in ("train", "val", "test"):
-        kept = pixels(part.images(split))
-        assert torch.equal(kept, pixels(whole.images(split))[: len(kept)])
-        assert len(kept) == part.splits[split]
+def test_limits_draw_by_class_from_the_seed_and_never_move_the_split(tmp_path):
+    whole, part = make(tmp_path), make(tmp_path, limit_train=16, limit_val=4, limit_test=8)
+    assert part.splits == {"train": 16, "val": 4, "test": 8}
+    for split, each in (("train", 4), ("val", 1)):
+        kept, all_of_it = (pixels(d.images(split)).flatten(1)[:, 0].tolist() for d in (part, whole))
+        assert kept == [number for number in all_of_it if number in kept], "in its order"
+        assert part.images(split).labels.bincount(minlength=4).tolist() == [each] * 4
+    assert part.images("test").labels.bincount(minlength=4).tolist() in ([2, 2, 2, 2], [3, 2, 2, 1])
+    assert numbers(part.test_dataloader()) == numbers(make(tmp_path, limit_test=8).test_dataloader())
+    assert len({tuple(numbers(make(tmp_path, limit_test=3, seed=s).test_dataloader())) for s in range(6)}) > 1
     assert make(tmp_path, limit_train=10_000, limit_test=10_000).splits == whole.splits
 
 
-def test_balanced_limits_keep_the_first_of_each_class(tmp_path):
-    whole = make(tmp_path)
-    part = make(tmp_path, limit_train=8, limit_val=4, limit_test=8, balanced=True)
-    for split, each in (("train", 2), ("val", 1), ("test", 2)):
-        labels = whole.images(split).labels
-        first = sorted(row for label in range(4) for row in (labels == label).nonzero().flatten()[:each].tolist())
-        assert torch.equal(pixels(part.images(split)), pixels(whole.images(split))[first])
-        assert part.images(split).labels.bincount().tolist() == [each] * 4
-    with pytest.raises(SettingError, match=r"limit_test=12 .*3 of class 3, which has 2 images: set data\.limit_test=8"):
-        make(tmp_path, limit_test=12, balanced=True)
-    with pytest.raises(SettingError, match=r"data\.balanced=true.*set data\.limit_train"):
-        make(tmp_path, balanced=True)
+def test_it_says_what_a_limit_has_taken(tmp_path):
+    assert make(tmp_path, limit_test=3, limit_train=100, seed=2).selection == {
+        "test": "3 of 11, drawn by class (seed 2)", "val": "all 8", "train": "all 32",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"setup\(\)"):
+        _ = ImageDataModule("digits", 10).selection
 
 
 def test_a_fraction_for_validation(tmp_path):
@@ -210,10 +207,18 @@ def test_a_fit_resumed_between_epochs(tmp_path):
     assert [seen[:2] for seen in rest.seen] == [seen[:2] for seen in whole.seen[4:]]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "npz", "digits"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "npz", "digits", "folder"])
 def test_configurations_are_the_constructor(name, tmp_path):
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
-        config = compose(overrides=[f"+data={name}", "+seed=7", "data.limit_test=3", "++data.path=f.npz"])
+        config = compose(
+            overrides=[
+                f"+data={name}",
+                "+seed=7",
+                "data.limit_test=3",
+                "++data.path=f.npz",
+                *(["data.root=pets"] * (name == "folder")),
+            ]
+        )
     data = instantiate(config.data)
     assert isinstance(data, ImageDataModule)
     assert data.source == name
@@ -221,7 +226,7 @@ def test_configurations_are_the_constructor(name, tmp_path):
     assert data.num_classes == (100 if name == "cifar100" else 10)
     assert data.limits["test"] == 3
     assert data.augment.flip == (name != "digits")
-    assert data.name == ("npz:f" if name == "npz" else name)
+    assert data.name == {"npz": "npz:f", "folder": "folder:pets"}.get(name, name)
 
 
 def test_digits_end_to_end():
@@ -231,7 +236,8 @@ def test_digits_end_to_end():
     assert data.splits == {"train": 1221, "val": 216, "test": 20}
     assert data.image_shape == (3, 32, 32)
     (batch,) = data.test_dataloader()
-    assert torch.equal(batch.x, digits().x_test[:20].float() / 255)
+    assert batch.y.bincount(minlength=10).tolist() == [2] * 10
+    assert torch.equal(batch.x, data.images("test").images[data.images("test").rows].float() / 255)
     assert batch.index.tolist() == batch.position.tolist() == list(range(20))
     assert batch.size == 20
 

@@ -3,6 +3,7 @@
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,7 +129,9 @@ def test_workers_change_nothing(root, workers):
 def test_processes_see_what_one_sees(root):
     one, parts = make(root), [make(root), make(root)]
     for rank, data in enumerate(parts):
-        data.share(rank, 2)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        )
     for left, *shares in zip(*(data.train_dataloader() for data in (one, *parts)), strict=True):
         assert torch.equal(torch.cat([share.x for share in shares]), left.x)
     index = torch.arange(9)
@@ -165,12 +168,24 @@ def test_a_fit_with_workers_resumes_where_it_stopped(root, tmp_path):
         assert all(torch.equal(a[2], b[2]) for a, b in zip(rest, seen[taken:], strict=True))
 
 
-def test_a_balanced_limit(root):
-    data = make(root, limit_train=9, limit_val=4, limit_test=8, balanced=True)
-    assert data.images("train").labels.bincount().tolist() == [3, 2, 2, 2]
+def test_a_limit_draws_by_class(root):
+    data = make(root, limit_train=9, limit_val=4, limit_test=8)
+    assert sorted(data.images("train").labels.bincount().tolist()) == [2, 2, 2, 3]
     assert data.images("val").labels.bincount().tolist() == [1, 1, 1, 1]
     assert data.images("test").labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [n.decode()[-6:] for n in data.images("test").files.names[:2]] == ["0.JPEG", "/1.jpg"]
+
+
+def test_a_limit_of_the_lists_length_is_the_list_and_a_smaller_one_is_of_it(root, monkeypatch):
+    first = [f"{CLASSES[2]}/1.jpg", f"{CLASSES[0]}/2.png", f"{CLASSES[2]}/0.JPEG"]
+    monkeypatch.setattr(source, "_leaderboard", lambda: first)
+    for limit in (3, 2):
+        data = make(root, limit_test=limit)
+        names = [name.decode() for name in data.images("test").files.names]
+        assert len(names) == limit
+        assert names == [name for name in first if name in names], "in its order"
+    assert data.selection["test"] == "2 of 12, on RobustBench's list, drawn by class (seed 0)"
+    assert make(root, limit_test=3).selection["test"] == "the 3 of 12 on RobustBench's list"
+    assert make(root, limit_test=8).images("test").labels.unique().tolist() == [0, 1, 2, 3]
 
 
 # --- what can't be used ---------------------------------------------------------------------------------------------
@@ -204,10 +219,14 @@ def folders(tmp_path, **content):
         ({"val": "."}, "val/ has no class folders", "sort its images into val/CLASS/"),
         (
             {"val": "abcd", "train": ["empty"]},
-            "train/ has class folders without images",
-            "put images into train/CLASS/",
+            "train/ has no images of the class empty",
+            "put images into train/empty/ or remove it",
         ),
-        ({"val": "abcd", "train": "abce"}, "train/ and val/ have different classes (d, e)", "give both the same"),
+        (
+            {"val": "abcd", "train": "abce"},
+            "train/ and val/ have different classes (d only in val/, e only in train/)",
+            "give both the same",
+        ),
         ({"val": "abc"}, "the data have 3 classes (a, b, c, …), but data.num_classes=4", "set data.num_classes=3"),
     ],
 )
@@ -245,17 +264,10 @@ def test_a_damaged_image_is_named(tmp_path, workers, content):
     assert str(caught.value).endswith("): replace or remove it (data.root)")
 
 
-def test_the_network_says_how_images_are_cut_unless_the_user_does(root):
-    data = ImageDataModule("imagenet", 4, root, crop=0, val_size=4)
-    data.suit("Res40Crop24")
-    data.setup()
+def test_images_are_cut_as_the_network_wants_them(root):
+    data = make(root, preprocessing="Res40Crop24")
     assert data.image_shape == (3, 24, 24)
     assert isinstance(data.images("train"), FileSet)
-    data = ImageDataModule("imagenet", 4, root, crop=0, val_size=4, preprocessing="Crop30")
-    data.suit("Res40Crop24")
-    data.suit(None)
-    data.setup()
-    assert data.image_shape == (3, 30, 30)
 
 
 def test_the_configuration_takes_the_leaderboards_images():

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets import utils as torchvision_utils
 
-from wdat.data import SOURCES, ImageDataModule, cifar10, cifar100, digits, npz
+from wdat.data import SOURCES, ImageDataModule, Where, cifar10, cifar100, digits, npz
 from wdat.errors import SettingError
 
 
@@ -47,6 +47,30 @@ def test_npz_round_trip(tmp_path, channels):
         assert np.array_equal(getattr(read, name).numpy(), written[name])
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_with_test_arrays_alone_serves_for_evaluation(tmp_path, write):
+    written = arrays()
+    write(tmp_path / "test.npz", x_test=written["x_test"], y_test=written["y_test"])
+    data = ImageDataModule("npz", 3, path=tmp_path / "test.npz")
+    data.setup()
+    (batch,) = data.test_dataloader()
+    assert np.array_equal((batch.x * 255).round().byte().permute(0, 2, 3, 1).numpy(), written["x_test"])
+    for use in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(
+            SettingError, match=r"data\.path=.* has no training images \(x_train, y_train\).*split=test"
+        ):
+            use()
+
+
+def test_npz_with_validation_arrays_sets_nothing_aside(tmp_path):
+    written = arrays()
+    path = save(tmp_path, x_val=written["x_test"][:2], y_val=written["y_test"][:2])
+    data = ImageDataModule("npz", 3, path=path, val_size=1024, limit_val=1)
+    data.setup()
+    assert data.splits == {"train": 6, "val": 1, "test": 4}
+    assert data.selection["val"] == "1 of 2, drawn by class (seed 0)"
+
+
 def test_npz_without_compression_stays_on_the_disk(tmp_path):
     written = arrays()
     np.savez(tmp_path / "plain.npz", **written)
@@ -75,6 +99,9 @@ def test_npz_of_both_kinds_gives_the_same_batches(tmp_path):
     ("changes", "fault", "remedy"),
     [
         ({"x_test": None, "y_test": None}, "no array x_test, y_test", "numpy.savez_compressed"),
+        ({"x_train": None}, "no array x_train (found", "numpy.savez_compressed"),
+        ({"y_val": np.arange(2)}, "no array x_val", "numpy.savez_compressed"),
+        ({"x_val": np.zeros((2, 6, 6, 3), np.uint8), "y_val": np.arange(2)}, "x_val is 2×6×6×3", "use one size"),
         ({"x_train": np.full((6, 5, 5, 3), 0.5, np.float32)}, "x_train is float32", "(x_train * 255).round()"),
         ({"x_test": np.full((4, 5, 5, 3), 200.0)}, "x_test is float64", "(x_test).round()"),
         ({"x_test": np.full((4, 5, 5, 3), np.nan)}, "x_test is float64", "uint8"),
@@ -266,5 +293,6 @@ def test_registry_gives_each_source_its_settings(tmp_path, monkeypatch):
     path = save(tmp_path)
     (tmp_path / "val" / "class").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "class" / "0.png")
-    sizes = {name: len(source(tmp_path, path, False).y_test) for name, source in SOURCES.items()}
-    assert sizes == {"cifar10": 3, "cifar100": 3, "imagenet": 1, "npz": 4, "digits": 360}
+    where = Where(tmp_path, path)
+    sizes = {name: len(source(where).y_test) for name, source in SOURCES.items()}
+    assert sizes == {"cifar10": 3, "cifar100": 3, "imagenet": 1, "folder": 1, "npz": 4, "digits": 360}

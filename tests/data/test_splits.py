@@ -1,13 +1,11 @@
 """Setting validation images aside."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdat.data import hold_out
-from wdat.data.splits import first_of_each
-from wdat.errors import SettingError
+from wdat.data.splits import by_class
 from wdat.seeding import generator
 
 
@@ -47,34 +45,33 @@ def test_what_is_held_out_is_the_first_of_each_class_in_a_shuffled_order():
     assert kept.tolist() == [row for row in order.tolist() if row not in slow]
 
 
-@given(st.lists(st.integers(0, 3), min_size=12, max_size=80), st.data())
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(0, 3), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_balanced_subset_has_the_first_of_each_class(labels, data):
-    y = torch.tensor([0, 1, 2, 3, *labels])
-    sizes = y.bincount()
-    count = data.draw(st.integers(1, 4 * int(sizes.min())))
-    rows = first_of_each(y, count, 4, "data.limit_test").tolist()
+def test_a_limit_takes_every_class_in_proportion(labels, seed, data):
+    y, count = torch.tensor(labels), data.draw(st.integers(0, len(labels)))
+    rows = by_class(y, count, generator(seed, "limit"))
+    assert rows.tolist() == sorted(set(rows.tolist()))
     assert len(rows) == count
-    assert rows == sorted(rows)
-    kept = y[rows].bincount(minlength=4)
-    assert kept.max() - kept.min() <= 1
-    for label in range(4):
-        first = (y == label).nonzero().flatten()[: int(kept[label])]
-        assert first.tolist() == [row for row in rows if y[row] == label]
+    assert torch.equal(rows, by_class(y, count, generator(seed, "limit")))
+    for label in set(labels):
+        assert abs(int((y[rows] == label).sum()) - labels.count(label) * count / len(labels)) < 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes", "count", "message"),
-    [
-        (
-            [0, 0, 0, 1],
-            2,
-            4,
-            r"data\.limit_val=4 .* takes 2 of class 1, which has 1 images: set data\.limit_val=2 or less",
-        ),
-        ([0, 0, 1, 1], 3, 3, r"takes 1 of class 2, which has 0 images: add some, or data\.balanced=false"),
-    ],
-)
-def test_a_class_without_enough_images(labels, classes, count, message):
-    with pytest.raises(SettingError, match=message):
-        first_of_each(torch.tensor(labels), count, classes, "data.limit_val")
+def test_a_limit_is_even_on_even_classes_and_lots_decide_the_rest():
+    y = torch.arange(10).repeat_interleave(30)
+    drawn = [by_class(y, 34, generator(seed, "limit")) for seed in range(20)]
+    for rows in drawn:
+        sizes = y[rows].bincount(minlength=10)
+        assert sizes.min() == 3
+        assert sizes.max() == 4
+    extra = torch.stack([y[rows].bincount(minlength=10) == 4 for rows in drawn]).sum(0)
+    assert (extra > 0).all(), "no class is always left out"
+    assert len({tuple(rows.tolist()) for rows in drawn}) == 20
+
+
+def test_every_row_is_as_likely_to_be_drawn():
+    y = torch.tensor([0] * 6 + [1] * 2)
+    counts = torch.zeros(8)
+    for seed in range(400):
+        counts[by_class(y, 4, generator(seed, "limit"))] += 1
+    assert (counts - 200).abs().max() < 50  # five standard deviations of 400 draws of one half

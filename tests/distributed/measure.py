@@ -36,8 +36,8 @@ def records(work: dict[str, Any], n: int, precision: str) -> list[dict[str, Any]
         "npz", 10, path=work["images"], val_size=50, limit_test=n, eval_batch_size=work["batch_size"]
     )
     data.setup()
-    data.share(processes.rank, processes.world_size)
-    images = ImageTensors.collect(data.test_dataloader(), torch.device("cpu"))
+    loader = data.evaluation_loader("test", processes.rank, processes.world_size)
+    images = ImageTensors.collect(loader, torch.device("cpu"))
     images = ImageTensors(images.x.to(dtype), images.y, images.index)
     evaluator = Evaluator(network, images, work["batch_size"], processes=processes, pictures=True)
     threat = ThreatModel(work["p"], "linf", work["delta"])

@@ -149,7 +149,7 @@ def test_capped_radii_spend_the_budget_of_the_mixture(p):
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 def test_the_critical_distance_is_that_of_the_mixture(p):
-    threat = ThreatModel(p, "linf", 1.5)
+    threat = ThreatModel(p, "l2", 1.5)
     made = measured(mixture(Exact(), p))
     repeated = torch.cat([NORMS.repeat(9), DRAWN.repeat(7)])
     found = critical_distance(*made.sample(), threat)

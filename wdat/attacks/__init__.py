@@ -6,6 +6,7 @@ Configurations name a class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -18,7 +19,8 @@ from wdat.attacks.budget import FGSM, PGD, WFGSM, WPGDBudget
 from wdat.attacks.knapsack import Knapsack
 from wdat.attacks.knapsack_budget import Critical, CriticalDraw, KnapsackBudget
 from wdat.attacks.wpgd import WPGD
-from wdat.errors import unknown
+from wdat.errors import SettingError, unknown
+from wdat.inputs import as_images, as_labels, as_network
 from wdat.threat import ThreatModel
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -66,14 +68,19 @@ def build(name: str, **options: Any) -> Attack:
 
 
 def attack(
-    network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, name: str = "wpgd", **options: Any
+    network: nn.Module | Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    name: str = "wpgd",
+    **options: Any,
 ) -> AttackResult:
     """Attack images that share one Wasserstein budget.
 
     Args:
-        network: Any module that takes images in [0, 1] and gives logits (N, K); left as it was found.
-        x: Images (N, C, H, W), float, in [0, 1].
-        y: Labels (N,), int64.
+        network: Any module or function that takes images in [0, 1] and gives logits (N, K); left as it was found.
+        x: Images (N, C, H, W), float, in [0, 1]; a tensor, or an array of NumPy.
+        y: Labels (N,), whole numbers.
         threat: Order, norm and budget.
         name: One of `ATTACKS`.
         options: The attack's settings, such as `loss="redlr"`, `steps=100`, `batch_size=256`.
@@ -92,4 +99,8 @@ def attack(
         >>> result.distance <= 8 / 255 + 1e-6
         True
     """
-    return build(name, **options)(network, x, y, threat)
+    if not isinstance(threat, ThreatModel):
+        raise SettingError(f"threat={threat!r} is no threat: give wdat.ThreatModel(p=2, norm='linf', delta='8/255')")
+    chosen, network = build(name, **options), as_network(network)
+    images = as_images(x, network)
+    return chosen(network, images, as_labels(y).to(images.device), threat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from wdat.attacks.base import Attack, Context, Moved
 from wdat.attacks.fab import NORM_NAMES, as_found, plain
 from wdat.errors import SettingError, unknown
 from wdat.gradients import forward
+from wdat.losses import correct
 from wdat.threat import ThreatModel, contract, per_image
 
 VERSIONS = {
@@ -81,11 +83,16 @@ class AutoAttack(Attack):
         """Names of the sub-attacks, in their order."""
         return self.attacks_to_run or VERSIONS[self.version]
 
+    def check(self, shape: Sequence[int], classes: int, threat: ThreatModel) -> None:
+        super().check(shape, classes, threat)
+        if threat.delta > 0:
+            self._refuse(shape, classes, threat.norm)
+
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
         radii = torch.full((len(x),), threat.delta, dtype=x.dtype, device=x.device)
         if threat.delta == 0:
             return Moved(x, radii, threat.delta)
-        self._check(x, forward(network, x[:1]).shape[1], threat.norm)
+        self._refuse(x.shape[1:], forward(network, x[:1]).shape[1], threat.norm)
         if not len(x):
             return Moved(x, radii, threat.delta)
         log = _Log()
@@ -95,7 +102,7 @@ class AutoAttack(Attack):
             warnings.warn(f"{self.name}: {message}", stacklevel=4)
         return Moved(x_adv, radii, threat.delta)
 
-    def _check(self, x: Tensor, classes: int, norm: str) -> None:
+    def _refuse(self, shape: Sequence[int], classes: int, norm: str) -> None:
         """Refuse what a sub-attack can't handle."""
         for name in self.sub_attacks:
             if classes < FEWEST_CLASSES[name]:
@@ -104,10 +111,11 @@ class AutoAttack(Attack):
                     f"{name} of {_VERSION}={self.version} needs {FEWEST_CLASSES[name]} classes, not {classes}; "
                     f"set {_VERSION}=custom and {_ATTACKS}=[{able}]"
                 )
-        if "square" in self.sub_attacks and (x.dim() != 4 or (norm == "l2" and min(x.shape[2:]) < 5)):
+        square = len(shape) == 3 and (norm != "l2" or (shape[1] == shape[2] and shape[1] >= 5))
+        if "square" in self.sub_attacks and not square:
             raise SettingError(
-                f"square of {_VERSION}={self.version} needs images (N, C, H, W), for l2 of 5 × 5 pixels or more, not "
-                f"{tuple(x.shape)}; set {_VERSION}=custom and {_ATTACKS}=[apgd-ce,apgd-t,fab-t]"
+                f"square of {_VERSION}={self.version} needs images (N, C, H, W), for l2 square ones of 5 × 5 pixels or "
+                f"more, not {('N', *shape)}; set {_VERSION}=custom and {_ATTACKS}=[apgd-ce,apgd-t,fab-t]"
             )
 
     def _ensemble(
@@ -118,18 +126,18 @@ class AutoAttack(Attack):
         ensemble = _build(plain(network, x.dtype), self.version, threat, self.seed, x.device, log)
         classes = forward(network, x[:1]).shape[1]
         ensemble.fab.n_target_classes = ensemble.apgd_targeted.n_target_classes = min(9, classes - 1)
-        correct = forward(network, x, self.batch_size).argmax(1) == y
+        robust = correct(forward(network, x, self.batch_size), y)
         x_adv, whole = x.clone(), len(self.sub_attacks) * len(x)
         for number, name in enumerate(self.sub_attacks):
-            left = correct.nonzero().squeeze(1)
+            left = robust.nonzero().squeeze(1)
             ensemble.attacks_to_run = [name]
             ensemble.fab.n_restarts = 5 if self.version == "plus" else 1  # fab-t takes it to 1 for good
             for start in range(0, len(left), self.batch_size):
                 rows = left[start : start + self.batch_size]
                 found, _ = ensemble.run_standard_evaluation(small[rows], y[rows], batch_size=self.batch_size)
                 found = _inside(x[rows], found.to(x.dtype), threat)
-                broken = forward(network, found, self.batch_size).argmax(1) != y[rows]
-                x_adv[rows[broken]], correct[rows[broken]] = found[broken], False
+                broken = ~correct(forward(network, found, self.batch_size), y[rows])
+                x_adv[rows[broken]], robust[rows[broken]] = found[broken], False
                 if context.progress:
                     done = len(x) - len(left) + start + len(rows)
                     context.progress(number * len(x) + done, whole)

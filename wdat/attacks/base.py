@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from wdat.distributed import ALONE, Processes, together
 from wdat.errors import ConstraintError, SettingError, check_whole
 from wdat.gradients import forward, ordinary, undisturbed
+from wdat.inputs import classes_of
+from wdat.losses import correct, nonfinite
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel
 
@@ -87,6 +89,7 @@ class AttackResult:
         dropped: Images left out of the allocation because their gradient was not finite, likewise.
         accuracy: Accuracy of the whole set at `x_adv`, in [0, 1]; None in training.
         correct: (N,), bool, this process's part; None in training.
+        nonfinite: Images of the whole set whose logits at `x_adv` aren't finite, which counts as misclassified.
         details: What only this attack knows; keys as in `wdat.evaluation.details`.
     """
 
@@ -101,8 +104,11 @@ class AttackResult:
     dropped: int
     accuracy: float | None = None
     correct: Tensor | None = None
+    nonfinite: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
+
+NONFINITE = "{}: {} of {} images have logits that are not finite; they count as misclassified"
 
 TOLERANCE = 1e-5  # relative, plus a few float32 roundings of a pixel
 
@@ -129,8 +135,7 @@ def check_images(network: nn.Module, x: Tensor, y: Tensor) -> None:
             f"images must lie in [0, 1], not [{float(x.min()):g}, {float(x.max()):g}]; "
             "divide uint8 by 255 and normalise inside the network"
         )
-    with undisturbed(network):
-        classes = forward(network, x[:1]).shape[1]
+    classes = classes_of(network, x)
     if not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise SettingError(
             f"labels must lie in 0 to {classes - 1}, the network's classes (data.num_classes), "
@@ -192,6 +197,7 @@ class Attack(ABC):
         if not context.training:
             with together(context.processes):
                 check_images(network, x, y)
+                own.check(x.shape[1:])
         with undisturbed(network), _precision(x.device, context.training):
             moved = self._run(network, x, y, own, context)
             with together(context.processes):
@@ -205,15 +211,34 @@ class Attack(ABC):
             )  # fmt: skip
             if context.training:
                 return result
-            correct = forward(network, moved.x_adv, self.batch_size).argmax(1) == y
-        hits, n, dropped = context.processes.sum([float(correct.sum()), float(len(x)), float(moved.dropped)])
+            logits = forward(network, moved.x_adv, self.batch_size)
+            verdict = correct(logits, y)
+        counts = [int(verdict.sum()), len(x), moved.dropped, nonfinite(logits)]
+        hits, n, dropped, broken = context.processes.sum(list(map(float, counts)))
         if n == 0:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
         if dropped:
             warnings.warn(
                 f"{self.name}: {dropped:.0f} of {n:.0f} images had no finite gradient and stayed", stacklevel=2
             )
-        return replace(result, accuracy=hits / n, correct=correct, set_size=int(n), dropped=int(dropped))
+        if broken:
+            warnings.warn(NONFINITE.format(self.name, int(broken), int(n)), stacklevel=2)
+        return replace(
+            result, accuracy=hits / n, correct=verdict, set_size=int(n), dropped=int(dropped), nonfinite=int(broken)
+        )
+
+    def check(self, shape: Sequence[int], classes: int, threat: ThreatModel) -> None:
+        """Refuse, before any work, what this attack can't handle.
+
+        Args:
+            shape: (C, H, W) of the images.
+            classes: Number of classes.
+            threat: Budget, norm and order that the attack will be called with.
+
+        Raises:
+            SettingError: If the attack would fail on such images, classes or budgets.
+        """
+        self.threat_of(threat).check(shape)
 
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """What this attack's allocation wants to know of each image, (N,); call it inside `undisturbed`.

@@ -35,7 +35,7 @@ def plain(network: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         if torch.is_grad_enabled() and images.requires_grad:
             z = images.view_as(images)
             z.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-        out: Tensor = network(z.to(dtype))
+        out: Tensor = network(z.to(dtype, copy=True))
         out = out.to(torch.float32, copy=True).contiguous()
         return out if out.requires_grad or z is images else out + 0 * z.flatten(1).sum(1, keepdim=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wdat.attacks.base import Attack, Context
 from wdat.errors import check_real, check_whole
 from wdat.gradients import Gradients, forward, gradients_of, input_gradients
-from wdat.losses import get_label_loss, get_loss, log_probabilities
+from wdat.losses import check_classes, correct, get_label_loss, get_loss, log_probabilities
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, dual_norm
 
@@ -43,6 +43,11 @@ class GradientAttack(Attack):
         self._radii_loss = get_label_loss(name, "attack.radii_loss")
         check_whole("attack.steps", self.steps)
         check_real("attack.step_size", self.step_size, "(0, inf)", "positive, in units of the radius")
+
+    def check(self, shape: Sequence[int], classes: int, threat: ThreatModel) -> None:
+        super().check(shape, classes, threat)
+        for loss in (self.loss, self.radii_loss):
+            check_classes(loss or "", classes)
 
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """Dual norms n_i of the radii loss at the clean images, (N,); call it inside `undisturbed`."""
@@ -91,8 +96,8 @@ class GradientAttack(Attack):
 
         def look(logits: Tensor, loss: Tensor) -> None:
             nonlocal best, lowest, loss_mean
-            correct = (logits.argmax(1) == y).sum()
-            hits, total, n = context.processes.sum([float(correct), float(loss.double().sum()), float(len(y))])
+            right = correct(logits, y).sum()
+            hits, total, n = context.processes.sum([float(right), float(loss.double().sum()), float(len(y))])
             loss_mean = max(loss_mean, total / max(n, 1))
             if hits / max(n, 1) < lowest:
                 lowest, best = hits / max(n, 1), x

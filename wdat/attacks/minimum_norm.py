@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wdat.attacks.fab import fab_points
 from wdat.errors import SettingError
 from wdat.gradients import forward, input_gradients
-from wdat.losses import margin
+from wdat.losses import correct, margin, predictions
 from wdat.seeding import generator
 from wdat.threat import contract, direction, dual_norm, image_norm, per_image
 
@@ -77,9 +77,12 @@ class Search:
 
 
 def _flipped(logits: Tensor, y: Tensor) -> Tensor:
-    """Misclassified by more than rounding, (N,): the verdict outlives another batch composition; never for NaN."""
+    """Misclassified by more than rounding, (N,): the verdict outlives another batch composition.
+
+    Logits that aren't finite are wrong.
+    """
     slack = 64 * torch.finfo(torch.float32 if logits.dtype != torch.float64 else torch.float64).eps
-    return margin(logits, y) > slack * logits.abs().amax(1)
+    return (margin(logits, y) > slack * logits.abs().amax(1)) | (predictions(logits) < 0)
 
 
 class _Best:
@@ -87,7 +90,7 @@ class _Best:
 
     def __init__(self, network: nn.Module, x: Tensor, y: Tensor, norm: str) -> None:
         self.network, self.x, self.y, self.norm = network, x, y, norm
-        wrong = forward(network, x, len(x)).argmax(1) != y
+        wrong = ~correct(forward(network, x, len(x)), y)
         self.points = x.clone()
         self.distances = torch.where(wrong, 0.0, torch.inf).to(x.dtype)
 
@@ -216,7 +219,7 @@ def _settle(network: nn.Module, x: Tensor, y: Tensor, points: Tensor, batch_size
         if not len(rows):
             break
         outer = points[rows] if push == 0 else (points[rows] + push * (points[rows] - x[rows])).clamp(0, 1)
-        wrong = forward(network, outer, batch_size // 2 + 1).argmax(1) != y[rows]
+        wrong = ~correct(forward(network, outer, batch_size // 2 + 1), y[rows])
         settled = settled.index_copy(0, rows[wrong], outer[wrong])
         done[rows[wrong]] = True
     return settled, done

@@ -48,8 +48,7 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         The records of the evaluation, on the first process all of them.
     """
     base, threats, attacks = planned(cfg)
-    data = instantiate(cfg.data)
-    data.suit(models.preprocessing(cfg.model))
+    data = instantiate(cfg.data, preprocessing=cfg.data.get("preprocessing") or models.preprocessing(cfg.model))
     with one_at_a_time():
         data.prepare_data()
         network = instantiate(cfg.model)

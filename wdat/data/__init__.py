@@ -8,7 +8,7 @@ from wdat.data.loading import PlannedLoader, ResumableLoader
 from wdat.data.module import ImageDataModule
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan
-from wdat.data.sources import SOURCES, cifar10, cifar100, digits, imagenet, npz
+from wdat.data.sources import SOURCES, Where, cifar10, cifar100, digits, folder, imagenet, npz
 from wdat.data.splits import Splits, hold_out
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "Synthetic",
     "SyntheticPool",
     "TrainPlan",
+    "Where",
     "cifar10",
     "cifar100",
     "crop_and_flip",
     "digits",
+    "folder",
     "hold_out",
     "imagenet",
     "npz",

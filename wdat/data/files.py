@@ -43,17 +43,28 @@ class Files:
         """The files in these rows, (B,), int64."""
         return Files(self.folder, self.names[rows.numpy()])
 
+    def path(self, row: int) -> Path:
+        """Where a file is."""
+        return self.folder / os.fsdecode(bytes(self.names[row]))
+
     def open(self, row: int) -> Image.Image:
         """Decodes one file as RGB.
 
         Raises:
-            SettingError: The file can't be decoded.
+            SettingError: The file can't be decoded, or has pixels of more than 16 bits.
         """
-        path = self.folder / os.fsdecode(bytes(self.names[row]))
+        path = self.path(row)
         try:
             with Image.open(path) as image:
+                if image.mode in ("I", "F"):
+                    raise SettingError(f"{path} has 32-bit pixels, whose range is unknown: convert it to 8 bits")
+                if image.mode.startswith("I;16"):  # which Pillow would cut at 255
+                    narrow = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+                    return Image.fromarray(narrow.astype(np.uint8)).convert("RGB")
                 decoded: Image.Image = image.convert("RGB")
                 return decoded
+        except SettingError:
+            raise
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
             raise SettingError(f"{path} can't be decoded ({error}): replace or remove it (data.root)") from error
 

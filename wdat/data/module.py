@@ -19,8 +19,8 @@ from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
 from wdat.data.mixed import MixedSet
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positions
-from wdat.data.sources import SOURCES, fetch
-from wdat.data.splits import check_labels, first_of_each, hold_out
+from wdat.data.sources import SOURCES, Where, fetch
+from wdat.data.splits import by_class, check_labels, hold_out
 from wdat.errors import SettingError, unknown
 
 
@@ -34,7 +34,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         source: A name in `SOURCES`.
         num_classes: Number of classes.
-        root: The folder for downloaded sources, and of `source="imagenet"`.
+        root: The folder for downloaded sources, and of `source="imagenet"` and `source="folder"`.
         path: The file for `source="npz"`.
         download: Whether missing files may be downloaded.
         batch_size: Images in a training step, over all processes.
@@ -45,13 +45,17 @@ class ImageDataModule(LightningDataModule):
             disk. Images in files always do.
         crop: Pixels by which training images are moved at random; 0 for none. For images of one size.
         flip: Whether training images are flipped left to right at random.
-        preprocessing: How images in files are cropped to one size, such as `Res256Crop224`; None for `suit`'s.
+        preprocessing: How photographs are cropped to one size, such as `Res256Crop224`, or as
+            `wdat.models.preprocessing` gives it for a network; other sources don't need it.
+        size: Side in pixels to which images of `source="folder"` are resized; None where they are of one size.
+        test_size: The share of `source="folder"` that is set aside as the test set where no folder is.
         min_area: The smallest share of an image in a file that a random training crop covers; 1 for no random crop.
         workers: Processes that read images in files, for each training process; 0 reads in that process.
-        limit_train: Keeps the first N training images, after validation images are set aside; None for all.
+        limit_train: Keeps N training images, drawn by class from the seed, after validation images are set aside; None
+            for all.
         limit_val: The same for validation.
-        limit_test: The same for the test set, in the order of the source.
-        balanced: Whether the limits keep the same number of images of each class, the first ones.
+        limit_test: The same for the test set. Of a published list (ImageNet's of RobustBench) the whole list where N
+            is its length, and images of the list where N is less.
         synthetic: A pool of further training images: the fields of `Synthetic`; None, or without a path, for none.
         seed: The seed of the run: the split, the order and the augmentation.
 
@@ -66,7 +70,7 @@ class ImageDataModule(LightningDataModule):
         self,
         source: str,
         num_classes: int,
-        root: str | Path = "data",
+        root: str | Path | None = "data",
         path: str | Path | None = None,
         download: bool = True,
         batch_size: int = 128,
@@ -76,12 +80,13 @@ class ImageDataModule(LightningDataModule):
         crop: int = 4,
         flip: bool = True,
         preprocessing: str | None = None,
+        size: int | None = None,
+        test_size: float = 0.2,
         min_area: float = 0.08,
         workers: int = 0,
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
-        balanced: bool = False,
         synthetic: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -91,6 +96,7 @@ class ImageDataModule(LightningDataModule):
         self.source = source
         self.root = root
         self.path = path
+        self.where = Where(root, path, size, test_size)
         self.download = download
         self.num_classes = _count("num_classes", num_classes, 2)
         self.batch_size = _count("batch_size", batch_size)
@@ -107,32 +113,12 @@ class ImageDataModule(LightningDataModule):
         self.workers = _count("workers", workers, 0)
         limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
-        self.balanced = balanced
-        if balanced and not any(self.limits.values()):
-            raise SettingError("data.balanced=true chooses what a limit keeps: set data.limit_train, _val or _test too")
         self.seed = _count("seed", seed, 0)
         self.synthetic = Synthetic(**synthetic or {})
         self.pool: SyntheticPool | None = None
         self._sets: dict[str, LabelledImages] = {}
         self._split = False
-        self._share = (0, 1)
-
-    def share(self, rank: int, world_size: int) -> None:
-        """Divide evaluation over processes that no trainer manages.
-
-        Args:
-            rank: This process's number, from 0.
-            world_size: Number of processes.
-        """
-        self._share = (rank, world_size)
-
-    def suit(self, preprocessing: str | None) -> None:
-        """Crop images in files as a network wants them, unless `data.preprocessing` says how; before `setup`.
-
-        Args:
-            preprocessing: As `wdat.models.preprocessing` gives it; None for a network that wants nothing special.
-        """
-        self.preprocessing = self.preprocessing or preprocessing
+        self._selection: dict[str, str] = {}
 
     def prepare_data(self) -> None:
         """Downloads what is missing; Lightning calls this on one process of each machine."""
@@ -151,14 +137,18 @@ class ImageDataModule(LightningDataModule):
         alone = stage == "test"
         if self._sets and (alone or self._split):
             return
-        data = SOURCES[self.source](self.root, self.path, False)
+        data = SOURCES[self.source](self.where)
         check_labels(data, self.num_classes)
-        sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test")}
+        sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test", data.listed)}
+        if not alone and data.x_val is not None and data.y_val is not None:
+            sets["val"] = self._set(data.x_val, data.y_val, arange(len(data.y_val)), "val")
         if len(data.y_train) and not alone:
-            count = self._val_images(len(data.y_train))
-            kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
-            for split, rows in (("train", kept), ("val", held)):
-                sets[split] = self._set(data.x_train, data.y_train, rows, split)
+            kept = arange(len(data.y_train))
+            if "val" not in sets:
+                count = self._val_images(len(data.y_train))
+                kept, held = hold_out(data.y_train, count, seeding.generator(self.seed, "split"))
+                sets["val"] = self._set(data.x_train, data.y_train, held, "val")
+            sets["train"] = self._set(data.x_train, data.y_train, kept, "train")
             if self.synthetic.path is not None:
                 sets["train"] = self._mixed(sets["train"], self.synthetic.path)
         self._sets, self._split = sets, not alone
@@ -171,11 +161,24 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> PlannedLoader:
         """Every validation image once, as it is."""
-        return self._evaluation("val")
+        return self.evaluation_loader("val", *self._process())
 
     def test_dataloader(self) -> PlannedLoader:
         """Every test image once, as it is."""
-        return self._evaluation("test")
+        return self.evaluation_loader("test", *self._process())
+
+    def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> PlannedLoader:
+        """Every image of a split once, as it is, divided over processes.
+
+        Args:
+            split: `train`, `val` or `test`.
+            rank: This process's number, from 0.
+            world_size: Number of processes.
+        """
+        images = self._on_device(split)
+        return PlannedLoader(
+            images, ShardPlan(len(images), self.eval_batch_size, rank, world_size), self._workers(images)
+        )
 
     def train_batches(self, index: Tensor, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Training images outside the course of training, augmented as in training.
@@ -209,9 +212,11 @@ class ImageDataModule(LightningDataModule):
         if not self._sets:
             raise RuntimeError("no images yet: call prepare_data() and setup() first")
         if split not in self._sets:
+            where = f"data.path={self.path}" if self.source == "npz" else f"data.root={self.root}"
+            kept = "x_train, y_train" if self.source == "npz" else "train/"
             raise SettingError(
-                f"data.root={self.root} has no training images (train/), from which those of split={split} are taken: "
-                "add them, or evaluate with split=test"
+                f"{where} has no training images ({kept}), from which those of split={split} are taken: add them, or "
+                "evaluate with split=test"
             )
         return self._sets[split]
 
@@ -233,17 +238,27 @@ class ImageDataModule(LightningDataModule):
         return {split: len(self.images(split)) for split in ("train", "val", "test")}
 
     @property
+    def selection(self) -> dict[str, str]:
+        """What each split is of, in words: `all 360`, or `32 of 360, drawn by class (seed 0)`."""
+        self.images("test")
+        return dict(self._selection)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
         return self.images("test").shape
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the data in records: the source, with the file of `npz` or the crop of `imagenet`.
+        """The name of the data in records: the source, with the file of `npz`, the folder or the crop of `imagenet`.
 
         A pool isn't measured on and has no part in it.
         """
-        about = {"npz": self.path and Path(self.path).stem, "imagenet": self.preprocessing}.get(self.source)
+        about = {
+            "npz": self.path and Path(self.path).stem,
+            "folder": self.root and Path(self.root).resolve().name,
+            "imagenet": self.preprocessing,
+        }.get(self.source)
         return f"{self.source}:{about}" if about else self.source
 
     def _mixed(self, images: LabelledImages, path: str | Path) -> MixedSet:
@@ -257,12 +272,24 @@ class ImageDataModule(LightningDataModule):
         self.pool = SyntheticPool(path, images.shape, self.num_classes)
         return MixedSet(images, self.pool)
 
-    def _set(self, images: Tensor | Files, labels: Tensor, rows: Tensor, split: str) -> LabelledImages:
+    def _limited(self, labels: Tensor, rows: Tensor, split: str, listed: int) -> Tensor:
+        """The rows that the limit of a split keeps, in their order; the first `listed` are a published list."""
+        limit, n = self.limits[split], len(rows)
+        if limit is None or limit >= n:
+            self._selection[split] = f"all {n:,}"
+            return rows
+        if limit == listed:
+            self._selection[split] = f"the {limit:,} of {n:,} on RobustBench's list"
+            return rows[:limit]
+        among = rows[:listed] if limit < listed else rows
+        whole = f"{n:,}, on RobustBench's list" if limit < listed else f"{n:,}"
+        self._selection[split] = f"{limit:,} of {whole}, drawn by class (seed {self.seed})"
+        key = ("train", "val", "test").index(split)
+        return among[by_class(labels[among], limit, seeding.generator(self.seed, "limit", key))]
+
+    def _set(self, images: Tensor | Files, labels: Tensor, rows: Tensor, split: str, listed: int = 0) -> LabelledImages:
         """The split that keeps these rows, as far as its limit allows."""
-        limit, train = self.limits[split], split == "train"
-        if limit is not None and self.balanced:
-            rows = rows[first_of_each(labels[rows], limit, self.num_classes, f"data.limit_{split}")]
-        rows = rows[:limit]
+        rows, train = self._limited(labels, rows, split, listed), split == "train"
         if not isinstance(images, Files):
             return ImageSet(images, labels[rows], self.augment if train else None, self.seed, rows)
         if self.augment.padding:
@@ -283,11 +310,6 @@ class ImageDataModule(LightningDataModule):
             raise SettingError(f"data.val_size={self.val_size} of {n} training images {fault}: set 1 to {n - 1}")
         return count
 
-    def _evaluation(self, split: str) -> PlannedLoader:
-        images = self._on_device(split)
-        plan = ShardPlan(len(images), self.eval_batch_size, *self._process())
-        return PlannedLoader(images, plan, self._workers(images))
-
     def _workers(self, images: LabelledImages) -> int:
         """Reading from memory needs no processes."""
         return self.workers if isinstance(images, FileSet) else 0
@@ -300,7 +322,7 @@ class ImageDataModule(LightningDataModule):
         return images
 
     def _process(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self._share
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 def _count(name: str, value: object, least: int = 1, none: str = "") -> int:

@@ -1,8 +1,9 @@
 """Images of one's own, from a NumPy archive.
 
 The archive holds `x_train, y_train, x_test, y_test`: uint8 images N×H×W×C with one or three channels, and integer
-labels. Nothing in it is unpickled. Images written by `numpy.savez` are mapped: they stay on the disk until they are
-read, and may be larger than memory. Those written by `numpy.savez_compressed` are read whole.
+labels. The test arrays alone serve for evaluation; `x_val, y_val` are the validation set where they are there. Nothing
+in it is unpickled. Images written by `numpy.savez` are mapped: they stay on the disk until they are read, and may be
+larger than memory. Those written by `numpy.savez_compressed` are read whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from wdat.data.mapped import mapped, view
 from wdat.data.splits import Splits
 from wdat.errors import SettingError
 
+TEST = ("x_test", "y_test")
+PAIRS = (("x_train", "y_train"), ("x_val", "y_val"), TEST)
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -36,13 +39,13 @@ def npz(path: str | Path | None) -> Splits:
         raise SettingError("data=npz reads images from a file: set data.path=FILE.npz")
     file = Path(os.path.expanduser(path))
     arrays = _arrays(file)
-    parts = [_images(file, "x_train", arrays), _images(file, "x_test", arrays)]
-    if parts[0].shape[1:] != parts[1].shape[1:]:
-        raise _error(
-            file, f"x_train is {_text(arrays['x_train'])} and x_test {_text(arrays['x_test'])}", "use one size"
-        )
-    labels = [_labels(file, "y_train", arrays), _labels(file, "y_test", arrays)]
-    return Splits(parts[0], labels[0], parts[1], labels[1])
+    x = {name: _images(file, name, arrays) for name in arrays if name.startswith("x_")}
+    for name, images in x.items():
+        if images.shape[1:] != x["x_test"].shape[1:]:
+            raise _error(file, f"{name} is {_text(arrays[name])} and x_test {_text(arrays['x_test'])}", "use one size")
+    y = {name: _labels(file, name, arrays) for name in arrays if name.startswith("y_")}
+    train = x.get("x_train", x["x_test"][:0]), y.get("y_train", y["y_test"][:0])
+    return Splits(*train, x["x_test"], y["y_test"], x_val=x.get("x_val"), y_val=y.get("y_val"))
 
 
 def _arrays(file: Path) -> dict[str, NDArray[Any]]:
@@ -54,12 +57,13 @@ def _arrays(file: Path) -> dict[str, NDArray[Any]]:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise _error(file, "holds a single array, not an .npz archive", recipe)
-            missing = [name for name in ARRAYS if name not in archive.files]
+            wanted = [name for pair in PAIRS if pair == TEST or set(pair) & set(archive.files) for name in pair]
+            missing = [name for name in wanted if name not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "nothing"
                 raise _error(file, f"has no array {', '.join(missing)} (found {found})", recipe)
-            arrays = _mapped(file, recipe)
-            return {name: arrays[name] if name in arrays else archive[name] for name in ARRAYS}
+            arrays = _mapped(file, recipe, wanted)
+            return {name: arrays[name] if name in arrays else archive[name] for name in wanted}
     except SettingError:
         raise
     except ValueError as error:  # an object array, or no NumPy file at all: both would need unpickling
@@ -68,9 +72,9 @@ def _arrays(file: Path) -> dict[str, NDArray[Any]]:
         raise _error(file, f"can't be read and may be damaged ({error})", recipe) from error
 
 
-def _mapped(file: Path, recipe: str) -> dict[str, NDArray[Any]]:
+def _mapped(file: Path, recipe: str, names: list[str]) -> dict[str, NDArray[Any]]:
     try:
-        return mapped(file, ARRAYS)
+        return mapped(file, names)
     except ValueError as error:
         raise _error(file, f"is damaged ({error})", recipe) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -10,25 +11,45 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from wdat.data import cifar
 from wdat.data.cifar import cifar10, cifar100
 from wdat.data.digits import digits
+from wdat.data.folder import folder
 from wdat.data.imagenet import imagenet
 from wdat.data.npz import npz
 from wdat.data.splits import Splits
 
-__all__ = ["SOURCES", "cifar10", "cifar100", "digits", "fetch", "imagenet", "npz"]
+__all__ = ["SOURCES", "Where", "cifar10", "cifar100", "digits", "fetch", "folder", "imagenet", "npz"]
 
-SOURCES: dict[str, Callable[[str | Path, str | Path | None, bool], Splits]] = {
-    "cifar10": lambda root, path, download: cifar10(root, download),
-    "cifar100": lambda root, path, download: cifar100(root, download),
-    "imagenet": lambda root, path, download: imagenet(root),
-    "npz": lambda root, path, download: npz(path),
-    "digits": lambda root, path, download: digits(),
+
+@dataclass(frozen=True)
+class Where:
+    """Where a source lies and how it is read; each source takes of it what concerns it.
+
+    Attributes:
+        root: A folder (`data.root`).
+        path: A file (`data.path`).
+        size: Side of the images in a folder (`data.size`).
+        test_size: The share of a folder that is its test set (`data.test_size`).
+    """
+
+    root: str | Path | None = None
+    path: str | Path | None = None
+    size: int | None = None
+    test_size: float = 0.2
+
+
+SOURCES: dict[str, Callable[[Where], Splits]] = {
+    "cifar10": lambda where: cifar10(where.root or "data", False),
+    "cifar100": lambda where: cifar100(where.root or "data", False),
+    "imagenet": lambda where: imagenet(where.root or "data"),
+    "folder": lambda where: folder(where.root, where.size, where.test_size),
+    "npz": lambda where: npz(where.path),
+    "digits": lambda where: digits(),
 }
-"""Each source as a function of `data.root`, `data.path` and `data.download`."""
+"""Each source, as it is read once its files are there."""
 
 _ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
-def fetch(source: str, root: str | Path, download: bool) -> None:
+def fetch(source: str, root: str | Path | None, download: bool) -> None:
     """Downloads what `source` needs and doesn't find; nothing for sources that are never downloaded."""
     if source in _ARCHIVES:
-        cifar.fetch(_ARCHIVES[source], root, download)
+        cifar.fetch(_ARCHIVES[source], root or "data", download)

@@ -13,7 +13,7 @@ from wdat.errors import SettingError
 
 @dataclass(frozen=True)
 class Splits:
-    """The training and the test set of one source.
+    """The training and the test set of one source; an empty training set leaves evaluation.
 
     Attributes:
         x_train: Images (N, C, H, W), uint8, or N files.
@@ -21,6 +21,9 @@ class Splits:
         x_test: Images (M, C, H, W), uint8, or M files.
         y_test: Labels (M,), int64.
         classes: Names of the classes, where the source has them.
+        x_val: Validation images of the source's own; None where they are set aside from the training set.
+        y_val: Their labels.
+        listed: How many of the first test images are a published list, in its order.
     """
 
     x_train: Tensor | Files
@@ -28,6 +31,9 @@ class Splits:
     x_test: Tensor | Files
     y_test: Tensor
     classes: tuple[str, ...] | None = None
+    x_val: Tensor | Files | None = None
+    y_val: Tensor | None = None
+    listed: int = 0
 
 
 def check_labels(splits: Splits, num_classes: int) -> None:
@@ -41,8 +47,8 @@ def check_labels(splits: Splits, num_classes: int) -> None:
             f"the data have {len(splits.classes)} classes ({', '.join(splits.classes[:3])}, …), but "
             f"data.num_classes={num_classes}: set data.num_classes={len(splits.classes)}, or give all classes"
         )
-    for name, labels in (("y_train", splits.y_train), ("y_test", splits.y_test)):
-        if len(labels) == 0:
+    for name, labels in (("y_train", splits.y_train), ("y_val", splits.y_val), ("y_test", splits.y_test)):
+        if labels is None or len(labels) == 0:
             continue
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
@@ -72,45 +78,44 @@ def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Te
     """
     labels = labels.cpu()
     _, sizes = torch.unique(labels, return_counts=True)
-    shares = sizes * count
-    quotas = shares // len(labels)
-    remainders = shares % len(labels)
-    quotas[remainders.argsort(descending=True, stable=True)[: count - int(quotas.sum())]] += 1
-
+    quotas = _quotas(sizes, count, torch.arange(len(sizes)))
     order = torch.randperm(len(labels), generator=generator)
     classes, earlier = _ranks(labels[order])
     held = earlier < quotas[classes]
     return order[~held], order[held]
 
 
-def first_of_each(labels: Tensor, count: int, num_classes: int, setting: str) -> Tensor:
-    """The first images of every class, the same number of each.
+def by_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws `count` rows, each class in proportion to its size: as many of each where the classes are equally large.
 
-    Where `count` is no multiple of `num_classes`, the first classes give one more.
+    A class of c of the N rows gives `count` * c / N of them, rounded down or up (largest remainders first, equal ones
+    by lot), so that exactly `count` rows come and accuracy on them estimates that on all.
 
     Args:
-        labels: (N,), int64, in 0 .. `num_classes` - 1.
-        count: Number of rows to keep.
-        num_classes: Number of classes.
-        setting: What the message of an error calls `count`, such as `"data.limit_test"`.
+        labels: (N,), int64.
+        count: Number of rows to draw, in 0 .. N.
+        generator: A CPU generator; it fixes the result.
 
     Returns:
-        The rows that are kept, int64, (count,), in increasing order.
-
-    Raises:
-        SettingError: A class has too few images.
+        The rows, int64, (count,), increasing.
     """
-    sizes = labels.bincount(minlength=num_classes)
-    quotas = count // num_classes + (torch.arange(num_classes) < count % num_classes).long()
-    short = (sizes < quotas).nonzero().flatten()
-    if len(short):
-        most = int(sizes.min()) * num_classes
-        remedy = f"set {setting}={most} or less" if most else "add some"
-        raise SettingError(
-            f"{setting}={count} with data.balanced=true takes {int(quotas[short[0]])} of class {int(short[0])}, "
-            f"which has {int(sizes[short[0]])} images: {remedy}, or data.balanced=false"
-        )
-    return (_ranks(labels)[1] < quotas[labels]).nonzero().flatten()
+    labels = labels.cpu()
+    _, sizes = torch.unique(labels, return_counts=True)
+    quotas = _quotas(sizes, count, torch.randperm(len(sizes), generator=generator))
+    order = torch.randperm(len(labels), generator=generator)
+    classes, earlier = _ranks(labels[order])
+    return order[earlier < quotas[classes]].sort().values
+
+
+def _quotas(sizes: Tensor, count: int, lots: Tensor) -> Tensor:
+    """How many of `count` each class gives, in proportion to the sizes (K,); equal remainders go by `lots`."""
+    total = int(sizes.sum())
+    shares = sizes * count
+    quotas = shares // total
+    remainders = (shares % total)[lots]
+    first = lots[remainders.argsort(descending=True, stable=True)]
+    quotas[first[: count - int(quotas.sum())]] += 1
+    return quotas
 
 
 def _ranks(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wdat.attacks import AttackResult
 from wdat.distributed import ALONE, Processes
 from wdat.gradients import forward, undisturbed
+from wdat.losses import predictions
 
 
 def pictures(
@@ -48,7 +49,7 @@ def pictures(
         processes: Hold the other parts.
     """
     with undisturbed(network):
-        before, after = (forward(network, images, batch_size).argmax(1) for images in (x, result.x_adv))
+        before, after = (predictions(forward(network, images, batch_size)) for images in (x, result.x_adv))
     counts = histogram(result.distances, processes=processes)
     return {"histogram": counts, "examples": examples(x, y, result, before, after, rows, processes)}
 
@@ -83,8 +84,8 @@ def examples(
         x: Images (N, C, H, W) in [0, 1], with 1 or 3 channels, this process's part.
         y: Labels (N,).
         result: What became of them.
-        before: Classes predicted for the images, (N,).
-        after: Classes predicted for the moved images, (N,).
+        before: Classes predicted for the images, (N,); −1 where logits aren't finite.
+        after: Classes predicted for the moved images, (N,), likewise.
         rows: (N,), where the images stand in the whole set.
         processes: Hold the other parts.
         count: How many.

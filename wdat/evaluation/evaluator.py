@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -10,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from wdat.attacks import ATTACKS, Attack, Context, build
-from wdat.attacks.base import check_images
-from wdat.data.batch import Batch
+from wdat.attacks.base import NONFINITE, check_images
 from wdat.distributed import ALONE, Processes, together
 from wdat.errors import SettingError, unknown
+from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import pictures
 from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
-from wdat.losses import get_label_loss
+from wdat.inputs import as_network, classes_of
+from wdat.losses import check_classes, correct, get_label_loss, nonfinite
 from wdat.records import Facts, Record
 from wdat.threat import ThreatModel, dual_norm, power_mean
 
@@ -44,13 +47,14 @@ class ImageTensors:
     index: Tensor | None = None
 
     @classmethod
-    def collect(cls, batches: Iterable[Sequence[Any]], device: torch.device) -> ImageTensors:
-        """Gather the first two members (images, labels) of every batch, and the rows where it knows them.
+    def collect(cls, batches: Iterable[Any], device: torch.device) -> ImageTensors:
+        """Gather images and labels of every batch, and the rows where it knows them.
 
         Raises:
-            SettingError: If there is no batch at all; a process without images has an empty one.
+            SettingError: If there is no batch at all, as a process without images has an empty one, or a batch isn't
+                images and labels.
         """
-        kept = [ordinary(*((b.x, b.y, b.index) if isinstance(b, Batch) else (b[0], b[1]))) for b in batches]
+        kept = [ordinary(*members(batch)) for batch in batches]
         if not kept:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
         return cls(*(torch.cat(parts).to(device) for parts in zip(*kept, strict=True)))
@@ -144,9 +148,11 @@ class Evaluator:
         x, y = self.images.x, self.images.y
         with undisturbed(self.network), torch.autocast(x.device.type, enabled=False):
             clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
-        wrong, values = clean.logits.argmax(1) != y, clean.loss.double()
+        wrong, values = ~correct(clean.logits, y), clean.loss.double()
         totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
-        misses, total, total_wrong, dropped = self.processes.sum(totals)
+        misses, total, total_wrong, dropped, broken = self.processes.sum([*totals, float(nonfinite(clean.logits))])
+        if broken:
+            warnings.warn(NONFINITE.format("clean", int(broken), self.size), stacklevel=2)
         return self.record(
             hits=self.size - int(misses),
             attack="none",
@@ -161,7 +167,24 @@ class Evaluator:
             upsilon=power_mean(dual_norm(clean.gradient, threat.norm), threat.q, self.processes),
             loss_misclassified=total_wrong / misses if misses else None,
             dropped=int(dropped),
+            nonfinite=int(broken),
         )
+
+    def check(self, attacks: Sequence[Attack], threats: Sequence[ThreatModel], losses: Sequence[str] = ()) -> None:
+        """Refuse, before any work, what an attack, a budget or a loss can't do with this network and these images.
+
+        Raises:
+            SettingError: As `Attack.check`, on all processes.
+        """
+        with together(self.processes):
+            if len(self.images.y):
+                shape, classes = self.images.x.shape[1:], classes_of(self.network, self.images.x)
+                for loss in losses:
+                    check_classes(loss, classes)
+                for threat in threats:
+                    threat.check(shape)
+                    for attack in attacks:
+                        attack.check(shape, classes, threat)
 
     def attacked(self, attack: Attack, threat: ThreatModel) -> Record:
         """Accuracy under one attack, verified."""
@@ -176,6 +199,7 @@ class Evaluator:
             "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
             "p": result.threat.p, "delta": result.threat.delta,
             "loss_mean": result.loss_mean, "distance": result.distance, "dropped": result.dropped,
+            "nonfinite": result.nonfinite,
         }  # fmt: skip
         details = dict(result.details)
         if "accuracy" in details:  # the optimum, whose last image is attacked fractionally
@@ -205,16 +229,20 @@ def settings(attack: Attack) -> dict[str, Any]:
 
 
 def plan(
-    attacks: Sequence[str | Attack],
-    losses: Sequence[str],
+    attacks: Sequence[str | Attack] | str | Attack,
+    losses: Sequence[str] | str,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 512,
 ) -> list[Attack]:
     """The attacks to run: one for each name and loss, one for each name that ascends no loss, and those made already.
 
+    A single attack or loss is as good as a list of one.
+
     Raises:
         SettingError: If a name or an option can't be used.
     """
+    attacks = [attacks] if isinstance(attacks, (str, Attack)) else attacks
+    losses = [losses] if isinstance(losses, str) else losses
     for loss in losses:
         get_label_loss(loss, "losses")
     for name in options or {}:
@@ -241,12 +269,12 @@ def plan(
 
 
 def evaluate(
-    network: nn.Module,
-    loader: Iterable[Sequence[Any]] | ImageTensors,
+    network: nn.Module | Callable[[Tensor], Tensor],
+    loader: Iterable[Any] | Dataset[Any] | ImageTensors,
     threat: ThreatModel,
-    attacks: Sequence[str | Attack] = ("pgd", "wpgd"),
+    attacks: Sequence[str | Attack] | str | Attack = ("pgd", "wpgd"),
     *,
-    losses: Sequence[str] = ("ce",),
+    losses: Sequence[str] | str = ("ce",),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 512,
     stage: str = "evaluate",
@@ -262,10 +290,11 @@ def evaluate(
     Always in the precision of the images (float32), in eval mode; the network is left as it was found.
 
     Args:
-        network: Any module that takes images in [0, 1] and gives logits (N, K).
-        loader: Batches whose first two members are images (N, C, H, W) and labels (N,), or the tensors themselves.
+        network: Any module or function that takes images in [0, 1] and gives logits (N, K).
+        loader: Batches of images (N, C, H, W) and labels (N,), as pairs or as dicts, in tensors or NumPy arrays; a data
+            set of single images; or the pair of tensors itself.
         threat: Order, norm and budget.
-        attacks: Names, or attacks made with `wdat.attacks.build`; pointwise ones run at p = inf.
+        attacks: Names, or attacks made with `wdat.attacks.build`, or a single one; pointwise ones run at p = inf.
         losses: For each, one clean record (V(0), W(0), Υ) and one run of every attack given by name.
         options: Settings per attack name, such as `{"wpgd": {"steps": 100}}`.
         batch_size: Images per pass; it doesn't change which images share the budget.
@@ -290,8 +319,14 @@ def evaluate(
         >>> [r.attack for r in records]
         ['none', 'wpgd']
     """
-    tensors = loader if isinstance(loader, ImageTensors) else ImageTensors.collect(loader, device_of(network))
+    if not isinstance(threat, ThreatModel):
+        raise SettingError(f"threat={threat!r} is no threat: give wdat.ThreatModel(p=2, norm='linf', delta='8/255')")
+    network, losses = as_network(network), [losses] if isinstance(losses, str) else losses
     built = plan(attacks, losses, options, batch_size)
+    tensors = loader
+    if not isinstance(tensors, ImageTensors):
+        tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
     about = (stage, split, epoch, facts or Facts(), processes, progress, pictures)
     evaluator = Evaluator(network, tensors, batch_size, *about)
+    evaluator.check(built, [threat], losses)
     return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]

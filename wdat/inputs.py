@@ -1,0 +1,149 @@
+"""What callers hand over as network, images and labels, brought into one form or refused with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from wdat.errors import SettingError
+from wdat.gradients import undisturbed
+
+_WRAPPER = "class Logits(torch.nn.Sequential): forward = lambda self, x: {} (and give Logits(network))"
+
+
+class Function(nn.Module):
+    """A plain function in the place of a network; it has no modes and no parameters that could be guarded.
+
+    Args:
+        function: Takes images (N, C, H, W) in [0, 1], gives logits (N, K).
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W)."""
+        return self.function(x)
+
+
+def as_network(given: Any) -> nn.Module:
+    """A network as a module: modules as they are, a module's own `forward` as that module, other functions wrapped.
+
+    Raises:
+        SettingError: If it is a class, or can't be called.
+    """
+    if isinstance(given, nn.Module):
+        return given
+    owner = getattr(given, "__self__", None)
+    if isinstance(owner, nn.Module) and getattr(given, "__name__", "") in ("forward", "__call__"):
+        return owner
+    if isinstance(given, type):
+        raise SettingError(f"the network is the class {given.__name__}: give an instance, {given.__name__}(...)")
+    if not callable(given):
+        raise SettingError(f"the network is a {type(given).__name__}: give a module that maps images to logits (N, K)")
+    return Function(given)
+
+
+def as_images(given: Any, network: nn.Module) -> Tensor:
+    """Images as a tensor: tensors as they are, floats of NumPy in the precision of the network's weights.
+
+    Raises:
+        SettingError: If they are neither.
+    """
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(given, np.ndarray) or given.dtype.kind not in "fiub":
+        what = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+        raise SettingError(f"images must be a float tensor (N, C, H, W) in [0, 1], not {what}: torch.stack them")
+    images = torch.from_numpy(np.ascontiguousarray(given))
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(0))
+    return images.to(like.device, like.dtype) if images.is_floating_point() else images.to(like.device)
+
+
+def as_labels(given: Any) -> Tensor:
+    """Labels as int64: whole numbers of any type, in a tensor, an array or a list.
+
+    Raises:
+        SettingError: If they aren't whole numbers.
+    """
+    try:
+        labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"labels must be whole numbers of shape (N,), not a {type(given).__name__}") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        remedy = "y.argmax(1) of one-hot rows" if labels.dim() == 2 else "y.long()"
+        raise SettingError(f"labels must be whole numbers of shape (N,), not {labels.dtype}: give {remedy}")
+    return labels.long()
+
+
+def classes_of(network: nn.Module, x: Tensor) -> int:
+    """Number of classes K that a network tells apart, from one image given to it; the network is left as it was found.
+
+    Args:
+        network: Takes images in [0, 1], gives logits (N, K).
+        x: Images (N, C, H, W), N ≥ 1, of which the first is used.
+
+    Raises:
+        SettingError: If it can't take the image, gives something else than logits with a gradient to the images, or
+            has no weights yet.
+    """
+    name = network.name if isinstance(network, Function) else type(network).__name__
+    shape = (1, *x.shape[1:])
+    if any(is_lazy(tensor) for tensor in chain(network.parameters(), network.buffers())):
+        raise SettingError(f"{name} has lazy layers without weights: call network(torch.zeros{shape}) once before")
+    image = x[:1].detach().clone().requires_grad_(True)
+    with undisturbed(network):
+        try:
+            out = network(image.clone())
+        except (torch.OutOfMemoryError, SettingError):
+            raise
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            hint = ""
+            if x.dim() == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+                hint = "; channels come first: x.permute(0, 3, 1, 2)"
+            raise SettingError(
+                f"{name} can't take images {shape} of {str(x.dtype).removeprefix('torch.')} on {x.device} "
+                f"({reason}): choose data and model that fit each other{hint}"
+            ) from error
+    if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 1 or not out.is_floating_point():
+        raise SettingError(f"{name} gives {_described(out)}")
+    if out.shape[1] < 2:
+        raise SettingError(
+            f"{name} gives one logit, not (N, K) of two classes or more: wrap it, "
+            + _WRAPPER.format("torch.nn.functional.pad(self[0](x), (1, 0))")
+        )
+    if not out.requires_grad:
+        raise SettingError(
+            f"the logits of {name} carry no gradient to the images, which attacks follow: take torch.no_grad, "
+            ".detach() and NumPy out of its forward"
+        )
+    return out.shape[1]
+
+
+def _described(out: Any) -> str:
+    """What a network gives instead of logits, and the wrapper to write."""
+    if isinstance(out, Tensor):
+        return (
+            f"a tensor {tuple(out.shape)} of {str(out.dtype).removeprefix('torch.')} for one image, not float logits "
+            "(1, K): return what goes into the softmax"
+        )
+    if isinstance(out, Mapping):
+        names = [str(key) for key in out]
+        key = "logits" if "logits" in names else (names or ["logits"])[0]
+        return f"a dict of {', '.join(names)}, not logits (N, K): wrap it, " + _WRAPPER.format(f"self[0](x)['{key}']")
+    if isinstance(out, (tuple, list)):
+        fields = getattr(out, "_fields", ())
+        what = f"a {type(out).__name__} of {', '.join(fields) or len(out)}"
+        member = ".logits" if "logits" in fields else "[0]"
+        return f"{what}, not logits (N, K): wrap it, " + _WRAPPER.format(f"self[0](x){member}")
+    member = ".logits" if hasattr(out, "logits") else "[0]"
+    return f"a {type(out).__name__}, not logits (N, K): wrap it, " + _WRAPPER.format(f"self[0](x){member}")
