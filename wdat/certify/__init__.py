@@ -1,0 +1,6 @@
+"""Certified lower bounds of distributional accuracy: of the network itself, or of a randomised one."""
+
+from wdat.certify.base import Certificate, Certified, Surroundings
+from wdat.certify.radii import Crown, Radii
+
+__all__ = ["Certificate", "Certified", "Crown", "Radii", "Surroundings"]
