@@ -11,6 +11,7 @@ import torch
 
 PURPOSES = (
     "split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii", "pool", "strata",
+    "smoothing",
 )  # fmt: skip
 
 

@@ -2,5 +2,6 @@
 
 from wdat.certify.base import Certificate, Certified, Surroundings
 from wdat.certify.radii import Crown, Radii
+from wdat.certify.smoothing import Randomised, Smoothing
 
-__all__ = ["Certificate", "Certified", "Crown", "Radii", "Surroundings"]
+__all__ = ["Certificate", "Certified", "Crown", "Radii", "Randomised", "Smoothing", "Surroundings"]

@@ -37,7 +37,7 @@ class Kept:
     Attributes:
         values: (N,), float64, 0 where not known.
         states: (N,), `LEFT`, `PROVED` or `CAPPED`.
-        seconds: Time that this process's numbers took, that of earlier calls included.
+        seconds: CPU time that this process's numbers took, that of earlier calls included.
 
     Raises:
         SettingError: If the file can't be read.
@@ -61,7 +61,7 @@ class Kept:
 
     @property
     def seconds(self) -> float:
-        """Time that this process's numbers took."""
+        """CPU time that this process's numbers took."""
         return float(self._times.sum())
 
     def set(self, i: int, value: float, state: int, seconds: float) -> None:
