@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from wdat.training.metrics import CountAccuracy
 
 import wdat
 from wdat.errors import SettingError
 from wdat.evaluation.details import pictures
 from wdat.losses import correct, nonfinite, predictions
 from wdat.threat import ThreatModel
-from wdat.training.metrics import CountAccuracy
 
 BROKEN = [math.nan, math.inf, -math.inf]
 SHORT = {"steps": 3, "step_size": 0.4}

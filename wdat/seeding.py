@@ -11,7 +11,7 @@ import torch
 
 PURPOSES = (
     "split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii", "pool", "strata",
-    "limit", "test",
+    "smoothing", "limit", "test",
 )  # fmt: skip
 
 

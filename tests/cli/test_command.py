@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
 import os
@@ -76,7 +77,7 @@ def imported(code):
     """Which of the slow packages a piece of code has imported."""
     said = f"\nimport sys; print([name for name in {SLOW} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code + said], cwd=ROOT, capture_output=True, text=True, check=True)
-    return eval(done.stderr.splitlines()[-1])
+    return ast.literal_eval(done.stderr.splitlines()[-1])
 
 
 def test_the_package_imports_nothing_slow_before_it_is_used():

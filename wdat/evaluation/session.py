@@ -15,6 +15,7 @@ from torch import Tensor
 from wdat.attacks import Attack, Context
 from wdat.attacks.knapsack import Knapsack, certified_figures
 from wdat.attacks.minimum_norm import NearestAdversarial
+from wdat.certify import Certificate, Surroundings
 from wdat.distributed import gather_to_rank_zero, together
 from wdat.errors import SettingError
 from wdat.evaluation import stored
@@ -81,6 +82,37 @@ class Session:
         if self._missing("certified", {"file": source}, ZERO_ONE, threat):
             self._add(self.evaluator.bounded("certified", {"file": source}, threat, certified_figures(radii, threat)))
 
+    def certify(self, certificate: Certificate, threats: Sequence[ThreatModel], attacks: Sequence[Attack] = ()) -> None:
+        """The lower bounds of a certificate at each threat; what a knapsack among the attacks has found helps.
+
+        Args:
+            certificate: How to certify.
+            threats: All of one norm; they are certified together.
+            attacks: Those of the evaluation.
+
+        Raises:
+            SettingError: If the threats or the network can't be certified.
+        """
+        evaluator = self.evaluator
+        certificate.check(threats)
+        name, options = certificate.network_name(evaluator.facts.network), certificate.options
+        missing = [t for t in threats if self._missing("certified", options, ZERO_ONE, t, name)]
+        if not missing:
+            return
+        images, report, norm = evaluator.images, evaluator.progress, threats[0].norm
+        search = next((a for a in attacks if isinstance(a, Knapsack)), None) if certificate.by_distance else None
+        nearest = None if search is None else search.nearest or self._nearest(search, norm)
+        surroundings = Surroundings(
+            evaluator.rows, evaluator.processes, None if nearest is None else nearest.distances, self.folder,
+            {"facts": str(evaluator.facts), "split": evaluator.split, "n": evaluator.size, "images": self._images},
+            None if report is None else lambda k, n: report(f"certified by {certificate.name}", k, n),
+        )  # fmt: skip
+        started = time.perf_counter()
+        found = certificate(evaluator.network, images.x, images.y, threats, surroundings)
+        for threat in missing:
+            record = evaluator.bounded("certified", options, threat, found.figures(threat))
+            self._add(replace(record, network=name, seconds=time.perf_counter() - started))
+
     def save_distances(self, attacks: Sequence[Attack], norm: str) -> None:
         """Write `distances_NORM.npz`: the nearest-adversarial distance of each image, in the order of the set."""
         for attack in attacks:
@@ -100,11 +132,14 @@ class Session:
         named = (record.network, record.checkpoint) == (facts.network, facts.checkpoint)
         return named and None not in (record.weights, facts.weights) and record.weights != facts.weights
 
-    def _missing(self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel) -> bool:
+    def _missing(
+        self, name: str, options: dict[str, Any], loss: str, threat: ThreatModel, network: str | None = None
+    ) -> bool:
         wanted = self.evaluator.record(
             hits=0, attack=name, options=options, loss=loss, p=threat.p, norm=threat.norm, delta=threat.delta,
             loss_mean=None, distance=0.0, seconds=0.0,
         )  # fmt: skip
+        wanted = replace(wanted, network=network or wanted.network)
         missing = float(self.evaluator.processes.rank == 0 and signature(self._with_images(wanted)) not in self._done)
         return bool(self.evaluator.processes.max(missing))
 

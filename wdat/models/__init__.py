@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def load_network(
     threat_model: str = "Linf",
     root: str | Path = "models",
     seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> nn.Module:
     """A network by name, on the CPU and in eval mode; whoever trains it calls `train()`.
 
@@ -50,14 +52,18 @@ def load_network(
         threat_model: For the zoo: what the weights were trained against, `Linf`, `L2` or `corruptions`.
         root: For the zoo: the folder of downloaded weights.
         seed: Seed of fresh weights.
+        mean: For local networks: what the normalisation subtracts, one number a colour; CIFAR-10's where None.
+        std: For local networks: what it divides by, likewise.
 
     Raises:
-        SettingError: An unknown name, with the nearest ones; a number of classes the network doesn't have; weights
-            that can't be had or don't fit.
+        SettingError: An unknown name, with the nearest ones; a number of classes the network doesn't have; constants
+            that can't be used; weights that can't be had or don't fit.
     """
     if name in LOCAL:
         with seeded(seed):
-            network = LOCAL[name](num_classes)
+            network = LOCAL[name](num_classes, mean, std)
+    elif mean is not None or std is not None:
+        raise SettingError(f"{name} normalises by its own constants: model.mean and model.std are for local networks")
     else:
         entry = zoo.resolve(name, dataset, threat_model, others=LOCAL)
         if num_classes != zoo.CLASSES[dataset]:

@@ -66,9 +66,13 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> nn.Module:
 
 
 def digest(network: nn.Module) -> str:
-    """What tells a network's weights and buffers from others: 16 hexadecimal digits of a SHA-256 sum."""
+    """What tells a network's weights and buffers from others: 16 hexadecimal digits of a SHA-256 sum.
+
+    Buffers outside the state dict, such as the constants of a normalisation, count too.
+    """
     found = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    state = network.state_dict()
+    for name, value in {**state, **{k: v for k, v in network.named_buffers() if k not in state}}.items():
         tensor = value.detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

@@ -61,7 +61,11 @@ def export(run: Path, out: Path | None = None, evaluations: Sequence[Path] = ())
     measured = [r for r in read(run / "records.json") if r.stage == "after" and r.split == "test"]
     after = list({(r.attack, r.loss, r.p, r.norm, r.delta): r for r in measured}.values())  # the latest of each
     checkpoint = _checkpoint(run, after)
-    network = build.architecture(entry) if entry else LOCAL[name](config.model.num_classes)
+    network = (
+        build.architecture(entry)
+        if entry
+        else LOCAL[name](*(config.model.get(k) for k in ("num_classes", "mean", "std")))
+    )
     load_checkpoint(network, checkpoint)
     records = [*after, *(r for place in evaluations for r in _evaluated(place, after[-1], network, checkpoint))]
     full = entry.name if entry else name

@@ -22,6 +22,7 @@ from wdat.distributed import Processes, current
 from wdat.errors import RunError, SettingError
 from wdat.evaluation.evaluator import Progress
 from wdat.gradients import forward
+from wdat.losses import correct
 from wdat.objectives import Objective, Terms, total
 from wdat.seeding import generator
 from wdat.sensitivity import Batch as BatchSensitivity
@@ -195,7 +196,7 @@ class WDATModule(L.LightningModule):
         x, y = batch[0], batch[1]
         accuracy = cast(MeanMetric, self.accuracy[split])
         with torch.autocast(self.device.type, enabled=False):  # evaluation is always in float32
-            accuracy.update((forward(self.network, x).argmax(1) == y).float())
+            accuracy.update(correct(forward(self.network, x), y).float())
         self.log(f"{split}/acc_clean", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
