@@ -200,9 +200,12 @@ def test_home_is_the_users(here, monkeypatch, tmp_path):
     assert not list(here.rglob("~*"))
 
 
-def test_a_run_that_has_saved_nothing_may_begin_again(here):
+@pytest.mark.parametrize("stages", [["before"], ["before", "epoch"]])
+def test_a_run_that_has_no_checkpoint_to_resume_may_begin_again(here, stages):
     records = json.loads((here / "without" / "records.json").read_text())
-    (here / "without" / "records.json").write_text(json.dumps([r for r in records if r["stage"] == "before"]))
+    (here / "without" / "records.json").write_text(json.dumps([r for r in records if r["stage"] in stages]))
+    (here / "without" / "checkpoints").mkdir()
+    shutil.copy("training/checkpoints/best.ckpt", "without/checkpoints")  # after it the disk was full
     result = run_script(SCRIPT, *TRAINED, "hydra.run.dir=without")
     assert result.status == 0, result.err
     assert [r.stage for r in read(here / "without" / "records.json")] == ["before"] * 3 + ["epoch"] * 3 + ["after"] * 3

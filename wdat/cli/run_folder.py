@@ -193,9 +193,9 @@ class RunFolder:
         here = f"hydra.run.dir={self.path} holds"
         if "evaluate" in stages:
             raise SettingError(f"{here} an evaluation: resume it with evaluate.py resume={self.path}, or {OTHER}")
-        if any(self.path.glob("checkpoints/*.ckpt")):
+        if any((self.path / name).exists() for name in CHECKPOINTS):
             raise SettingError(f"{here} a run: resume it with train.py resume={self.path}, or {OTHER}")
-        # A training that stopped before its first checkpoint may begin again.
+        # A training that stopped before its first checkpoint may begin again; a full disk may have left a best one.
         if "after" in stages or len(epochs) > 1 or (records and self.command == "evaluate"):
             raise SettingError(f"{here} the records of a run that has no checkpoint any more: {OTHER}")
         return []
