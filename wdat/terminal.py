@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-SECRET = re.compile(r"(token|secret|passw(or)?d|api_?key|credential)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_|\.|api)(keys?|tokens?|secrets?|passw(or)?ds?|credentials?)$", re.IGNORECASE)  # ends of names
 HIDDEN = "***"
 
 
@@ -32,7 +32,7 @@ def prepare_environment() -> None:
 
 def is_secret(key: str) -> bool:
     """Whether a setting of this name, such as `logger.api_key`, is nobody else's business."""
-    return SECRET.search(key.rpartition(".")[2]) is not None
+    return SECRET.search(key) is not None
 
 
 def without_secrets(value: Any, key: str = "") -> Any:

@@ -162,6 +162,17 @@ def test_a_resumed_run_remembers_its_configuration(mine):
     assert len(read(mine / "own" / "records.json")) == 6
 
 
+def test_a_job_of_a_sweep_in_a_configuration_is_resumed_alone(mine):
+    sweep = "  mode: MULTIRUN\n  sweep: {dir: swept}\n  sweeper: {params: {seed: '3,4'}}\n"
+    (mine / "my conf" / "swept.yaml").write_text(f"defaults: [mine, _self_]\nhydra:\n{sweep}")
+    began = run_script(EVALUATE, "-cd", "my conf", "-cn", "swept", *EVALUATED)
+    assert began.status == 0, began.err
+    result = run_script(EVALUATE, "resume=swept/1", "attacks=[fgsm,pgd]")
+    assert result.status == 0, result.err
+    found = [[(r.attack, r.seed) for r in read(mine / "swept" / job / "records.json")] for job in "01"]
+    assert found == [[("none", 3), ("fgsm", 3)], [("none", 4), ("fgsm", 4), ("pgd", 4)]]
+
+
 def test_flags_may_stand_between_overrides(mine):
     words = [*EVALUATED[:3], "--config-dir", "my conf", *EVALUATED[3:], "-cn", "mine", "hydra.run.dir=own"]
     assert run_script(EVALUATE, *words).status == 0
@@ -189,9 +200,12 @@ def test_home_is_the_users(here, monkeypatch, tmp_path):
     assert not list(here.rglob("~*"))
 
 
-def test_a_run_that_has_saved_nothing_may_begin_again(here):
+@pytest.mark.parametrize("stages", [["before"], ["before", "epoch"]])
+def test_a_run_that_has_no_checkpoint_to_resume_may_begin_again(here, stages):
     records = json.loads((here / "without" / "records.json").read_text())
-    (here / "without" / "records.json").write_text(json.dumps([r for r in records if r["stage"] == "before"]))
+    (here / "without" / "records.json").write_text(json.dumps([r for r in records if r["stage"] in stages]))
+    (here / "without" / "checkpoints").mkdir()
+    shutil.copy("training/checkpoints/best.ckpt", "without/checkpoints")  # after it the disk was full
     result = run_script(SCRIPT, *TRAINED, "hydra.run.dir=without")
     assert result.status == 0, result.err
     assert [r.stage for r in read(here / "without" / "records.json")] == ["before"] * 3 + ["epoch"] * 3 + ["after"] * 3

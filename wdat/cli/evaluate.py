@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from wdat import models
@@ -26,13 +25,13 @@ from wdat.distributed import current, together
 from wdat.errors import SettingError, Stopped, unknown
 from wdat.evaluation import ImageTensors
 from wdat.evaluation.evaluator import Evaluator, plan
-from wdat.evaluation.evaluator import Progress as Report
 from wdat.evaluation.session import Session, read_radii
 from wdat.records import Facts, RecordFile
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
 from wdat.terminal import PlainConsole
 from wdat.threat import ThreatModel, parse_budget
+from wdat.training.callbacks import WorkProgress
 
 FILES = ("records.json", "report.html", "curve.png")
 
@@ -55,32 +54,32 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
     data.setup("test" if cfg.split == "test" else None)
     name = models.title(cfg.model)
     facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
-    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    progress = WorkProgress()
+    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, callbacks=[progress])
     first = trainer.is_global_zero
     results = RecordFile(run_dir / FILES[0] if first else None)
 
     def measure(images: ImageTensors, device: torch.device) -> None:
         everyone = current(device)
-        with progress_bars(first) as report:
-            evaluator = Evaluator(
-                network, images, cfg.batch_size, split=cfg.split, facts=facts, processes=everyone, progress=report,
-                pictures=True,
-            )  # fmt: skip
-            if first:
-                on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
-                PlainConsole().print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
-            with together(everyone):
-                radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
-            session = Session(evaluator, results, run_dir)
-            for loss in cfg.losses:
-                session.clean(base, loss)
-            for threat in threats:
-                for attack in attacks:
-                    session.attacked(attack, threat)
-                if radii is not None:
-                    session.certified(radii, str(cfg.certified), threat)
-            if cfg.save_distances:
-                session.save_distances(attacks, base.norm)
+        evaluator = Evaluator(
+            network, images, cfg.batch_size, split=cfg.split, facts=facts, processes=everyone, progress=progress.report,
+            pictures=True,
+        )  # fmt: skip
+        if first:
+            on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
+            PlainConsole().print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
+        with together(everyone):
+            radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
+        session = Session(evaluator, results, run_dir)
+        for loss in cfg.losses:
+            session.clean(base, loss)
+        for threat in threats:
+            for attack in attacks:
+                session.attacked(attack, threat)
+            if radii is not None:
+                session.certified(radii, str(cfg.certified), threat)
+        if cfg.save_distances:
+            session.save_distances(attacks, base.norm)
 
     loop = trainer.test if cfg.split == "test" else trainer.validate
     with stopped_at_once(run_dir):
@@ -145,24 +144,6 @@ def stopped_at_once(run_dir: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def progress_bars(shown: bool) -> Iterator[Report]:
-    """A function that shows how far each attack is, on a terminal only."""
-    console = PlainConsole()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as live:
-        tasks: dict[str, TaskID] = {}
-
-        def report(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = live.add_task(label, total=total)
-            live.update(tasks[label], completed=done)
-            if done >= total:
-                live.remove_task(tasks.pop(label))
-
-        yield report
 
 
 def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack]]:

@@ -220,14 +220,15 @@ def _check_started(environment: ClusterEnvironment, asked: str, devices: int, no
     started = world // int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else int(env.get("SLURM_NNODES", 1))
     if (world, started) == (devices * nodes, nodes):
         return
-    starter, other = "SLURM", f"srun with --ntasks-per-node={devices}"
-    if "SUBMITIT_EXECUTOR" in env:
-        starter, other = "submitit", f"hydra.launcher.tasks_per_node={devices}"
-    elif "TORCHELASTIC_RUN_ID" in env:
-        starter, other = "torchrun", f"torchrun --nproc_per_node={devices}"
+    starters = {
+        "SUBMITIT_EXECUTOR": f"hydra.launcher.tasks_per_node={devices}",
+        "TORCHELASTIC_RUN_ID": f"torchrun --nproc_per_node={devices}",
+        "SLURM_NTASKS": f"srun --ntasks-per-node={devices}",
+    }
     raise SettingError(
-        f"{asked}, but {starter} has started {world} processes on {started} machines: set "
-        f"trainer.devices={world // started} trainer.num_nodes={started}, or use {other}"
+        f"{asked}, but {world} processes have been started on {started} machines: set "
+        f"trainer.devices={world // started} trainer.num_nodes={started}, or use "
+        f"{next(use for name, use in starters.items() if name in env)}"
     )
 
 

@@ -7,10 +7,10 @@ or that it belongs to the run that is resumed. A command that is refused leaves 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ ALLOWED = {
     "evaluate": "what is measured of the same network on the same data",
 }
 MAY_CHANGE = (
-    "trainer", "logger", "callbacks", "evaluation", "curve", "channels_last", "compile", "resume",
-    "optimizer.lr", "schedule.optimizer.lr",
+    "trainer", "logger", "callbacks", "evaluation", "curve", "resume", "optimizer.lr", "schedule.optimizer.lr",
+    "channels_last", "compile", "finetune.channels_last", "finetune.compile",
     "data.root", "data.download", "data.eval_batch_size", "data.on_device", "data.workers",
 )  # fmt: skip
 """What a resumed training may change: its length, devices, loggers, evaluation and learning rate."""
@@ -57,24 +57,13 @@ def create(path: Path, exclusive: bool = False) -> tuple[Path, list[Path]]:
     Raises:
         SettingError: If the folder can't be made or written.
     """
-    made: list[Path] = []
+    made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
     try:
-        for parent in reversed(path.parents):
-            if not parent.exists():
-                parent.mkdir(exist_ok=True)
-                made.append(parent)
-        name = path.name
-        for number in count(2):
-            try:
-                path.mkdir()
-                made.append(path)
-                break
-            except FileExistsError:
-                if not exclusive and path.is_dir():
-                    break
-                if not exclusive:
-                    raise
-                path = path.with_name(f"{name}_{number}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if exclusive:
+            path = _new(path)
+            made = [*(folder for folder in made if folder in path.parents), path]
+        path.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -82,6 +71,15 @@ def create(path: Path, exclusive: bool = False) -> tuple[Path, list[Path]]:
         reason = error.strerror or str(error)
         raise SettingError(f"hydra.run.dir={path} can't be written ({reason}): name another folder") from error
     return path, made
+
+
+def _new(path: Path) -> Path:
+    """Make the first folder of `path`, `path_2`, `path_3`, ... that nobody has made yet."""
+    for candidate in itertools.chain([path], (path.with_name(f"{path.name}_{k}") for k in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir()
+            break
+    return candidate
 
 
 def remove_empty(made: list[Path]) -> None:
@@ -195,9 +193,9 @@ class RunFolder:
         here = f"hydra.run.dir={self.path} holds"
         if "evaluate" in stages:
             raise SettingError(f"{here} an evaluation: resume it with evaluate.py resume={self.path}, or {OTHER}")
-        if any(self.path.glob("checkpoints/*.ckpt")):
+        if any((self.path / name).exists() for name in CHECKPOINTS):
             raise SettingError(f"{here} a run: resume it with train.py resume={self.path}, or {OTHER}")
-        # A training that stopped before its first checkpoint may begin again.
+        # A training that stopped before its first checkpoint may begin again; a full disk may have left a best one.
         if "after" in stages or len(epochs) > 1 or (records and self.command == "evaluate"):
             raise SettingError(f"{here} the records of a run that has no checkpoint any more: {OTHER}")
         return []
