@@ -5,7 +5,10 @@ From Python, with any network that takes images in [0, 1] and gives logits:
     threat = wdat.ThreatModel(p=2, norm="linf", delta="8/255")
     result = wdat.attack(network, x, y, threat, "wpgd")
     records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])
+    trainer = lightning.Trainer(callbacks=[wdat.RobustEvaluation(threat, ["pgd", "wpgd"])])
 """
+
+from typing import Any
 
 from wdat.attacks import AttackResult, attack
 from wdat.errors import ConstraintError, SettingError
@@ -15,4 +18,16 @@ from wdat.threat import ThreatModel
 
 __version__ = "0.1.0"
 
-__all__ = ["AttackResult", "ConstraintError", "Record", "SettingError", "ThreatModel", "attack", "evaluate"]
+__all__ = [
+    "AttackResult", "ConstraintError", "Record", "RobustEvaluation", "SettingError", "ThreatModel", "attack",
+    "evaluate",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`RobustEvaluation`, imported where it is used, because Lightning takes seconds."""
+    if name != "RobustEvaluation":
+        raise AttributeError(f"module 'wdat' has no attribute {name!r}")
+    from wdat.training.callbacks import RobustEvaluation
+
+    return RobustEvaluation

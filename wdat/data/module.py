@@ -19,7 +19,7 @@ from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
 from wdat.data.mixed import MixedSet
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positions
-from wdat.data.sources import SOURCES, fetch
+from wdat.data.sources import SOURCES, Source, fetch
 from wdat.data.splits import check_labels, first_of_each, hold_out
 from wdat.errors import SettingError, unknown
 
@@ -32,7 +32,7 @@ class ImageDataModule(LightningDataModule):
     number of processes or workers.
 
     Args:
-        source: A name in `SOURCES`.
+        source: A name in `SOURCES`, or a function like them, of `root`, `path` and `download`.
         num_classes: Number of classes.
         root: The folder for downloaded sources, and of `source="imagenet"`.
         path: The file for `source="npz"`.
@@ -64,7 +64,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | Source,
         num_classes: int,
         root: str | Path = "data",
         path: str | Path | None = None,
@@ -86,9 +86,10 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if source not in SOURCES:
+        if isinstance(source, str) and source not in SOURCES:
             raise unknown("data source", source, SOURCES, "data.source")
-        self.source = source
+        self._read: Source = SOURCES[source] if isinstance(source, str) else source
+        self.source = source if isinstance(source, str) else getattr(source, "func", source).__name__
         self.root = root
         self.path = path
         self.download = download
@@ -151,7 +152,7 @@ class ImageDataModule(LightningDataModule):
         alone = stage == "test"
         if self._sets and (alone or self._split):
             return
-        data = SOURCES[self.source](self.root, self.path, False)
+        data = self._read(self.root, self.path, False)
         check_labels(data, self.num_classes)
         sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test")}
         if len(data.y_train) and not alone:

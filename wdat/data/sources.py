@@ -16,15 +16,16 @@ from wdat.data.splits import Splits
 
 __all__ = ["SOURCES", "cifar10", "cifar100", "digits", "fetch", "imagenet", "npz"]
 
-SOURCES: dict[str, Callable[[str | Path, str | Path | None, bool], Splits]] = {
+Source = Callable[["str | Path", "str | Path | None", bool], Splits]
+"""A function of `data.root`, `data.path` and `data.download`."""
+
+SOURCES: dict[str, Source] = {
     "cifar10": lambda root, path, download: cifar10(root, download),
     "cifar100": lambda root, path, download: cifar100(root, download),
     "imagenet": lambda root, path, download: imagenet(root),
     "npz": lambda root, path, download: npz(path),
     "digits": lambda root, path, download: digits(),
 }
-"""Each source as a function of `data.root`, `data.path` and `data.download`."""
-
 _ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
