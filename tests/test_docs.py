@@ -28,6 +28,7 @@ from wdat.data import digits
 from wdat.evaluation import details
 from wdat.losses import LOSSES
 from wdat.models import LOCAL, load_network, zoo
+from wdat.objectives import total
 from wdat.records import Record, read
 
 ROOT = Path(__file__).parents[1]
@@ -387,10 +388,10 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     q_others[rows, problem.y] = 0
     boosted = (-true.log() - (1.0001 - q_others.max(1).values).log()).mean()
     weighted = ((p * (p / q).log()).sum(1) * (1 - p[rows, problem.y])).mean()
-    terms = importlib.import_module("my.mart").MART(beta_w=5.0, clean=False)(
-        problem.network, clean.float(), problem.y, None, x_w
-    )
-    torch.testing.assert_close(terms.loss.double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
+    context = SimpleNamespace(logits=lambda: problem.network(problem.x), distributional=lambda with_logits: x_w)
+    batch = SimpleNamespace(x=problem.x, y=problem.y, synthetic=None)
+    terms = importlib.import_module("my.mart").MART(beta=5.0)(problem.network, batch, context)
+    torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_readme_from_python(problem):

@@ -226,7 +226,7 @@ def test_jobs_in_one_process_of_which_one_fails(tmp_path):
     result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.status == 2
     said = result.err.splitlines()
-    assert said[0] == "error: seed=-1 must be a whole number from 0 to 2**32 - 1"
+    assert said[0].startswith("error: seed=-1 must be a whole number")
     assert said[1] == "1 of 3 jobs failed:"
     assert said[2].startswith("  #1 ")
     assert said[2].endswith(" seed=-1")
