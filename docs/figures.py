@@ -87,7 +87,8 @@ def _curve(name: str) -> tuple[int, list[float]]:
     """Epochs of the source, and the rate at each step."""
     epochs = EPOCHS[name]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"experiment={name if name in RECIPES else 'null'}", f"trainer.max_epochs={epochs}"])
+        chosen = [f"experiment={name}"] if name in RECIPES else []
+        cfg = compose("config", [*chosen, f"trainer.max_epochs={epochs}"])
     peak = peak_rate(cfg.optimizer.lr, cfg.data.batch_size, cfg.optimizer.per_batch)
     shape = instantiate(cfg.scheduler)
     steps = epochs * STEPS

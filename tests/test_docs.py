@@ -23,10 +23,11 @@ from script_runner import run_script
 
 import wdat
 from wdat.attacks import ATTACKS
-from wdat.data import SOURCES, digits
+from wdat.data import digits
 from wdat.evaluation import details
 from wdat.losses import LOSSES
 from wdat.models import LOCAL, load_network, zoo
+from wdat.objectives import total
 from wdat.records import Record, read
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +84,6 @@ def forget():
     """Leave no trace of the folder `my` in this process."""
     for name in [n for n in sys.modules if n == "my" or n.startswith("my.")]:
         del sys.modules[name]
-    for registry, name in ((ATTACKS, "momentum"), (SOURCES, "folders"), (LOCAL, "tiny")):
-        registry.pop(name, None)
     importlib.invalidate_caches()
 
 
@@ -310,11 +309,11 @@ def test_extending(followed, command):
     assert {r.data for r in run.records} == {"folders" if own_data else "digits"}
     assert {r.n for r in run.records if r.split == "test"} == {25 if run.script == "train.py" else 120}
     attacked = {r.attack for r in run.records}
-    assert attacked == ({"none", "pgd", "momentum"} if "distributional.name" in command else {"none", "pgd", "wpgd"})
+    assert attacked == ({"none", "pgd", "momentum"} if "evaluation.attacks" in command else {"none", "pgd", "wpgd"})
     if run.script == "train.py":
         assert (run.calls["momentum"] > 0) == ("attack=momentum" in command or run.resumed)
         assert (run.calls["mart"] > 0) == ("objective=mart" in command or run.resumed)
-        assert (run.config.attack._target_ == "my.momentum.build") == ("attack=momentum" in command or run.resumed)
+        assert (run.config.attack._target_ == "my.momentum.Momentum") == ("attack=momentum" in command or run.resumed)
         assert {r.epoch for r in run.records if r.stage == "epoch"} == ({1, 2} if run.resumed else {1})
 
 
@@ -358,10 +357,10 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     q_others[rows, problem.y] = 0
     boosted = (-true.log() - (1.0001 - q_others.max(1).values).log()).mean()
     weighted = ((p * (p / q).log()).sum(1) * (1 - p[rows, problem.y])).mean()
-    terms = importlib.import_module("my.mart").MART(beta_w=5.0, clean=False)(
-        problem.network, clean.float(), problem.y, None, x_w
-    )
-    torch.testing.assert_close(terms.loss.double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
+    context = SimpleNamespace(logits=lambda: problem.network(problem.x), distributional=lambda with_logits: x_w)
+    batch = SimpleNamespace(x=problem.x, y=problem.y, synthetic=None)
+    terms = importlib.import_module("my.mart").MART(beta=5.0)(problem.network, batch, context)
+    torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_readme_from_python(problem):
@@ -382,7 +381,7 @@ def test_fine_tuning_ones_own(own):
     arrays |= {f"y_{s}": y[:100].numpy() for s, y in (("train", data.y_train), ("test", data.y_test))}
     exec(snippet, arrays)
     torch.save(importlib.import_module("my.network").Tiny(10).state_dict(), "FILE.pt")
-    (command,) = [c for c in commands("docs/fine-tune.md") if "--config-dir" in c]
+    (command,) = [c for c in commands("docs/fine-tune.md") if "model=custom" in c and "=my" in c]
     script, arguments = words_of(command)
     (images,) = [c for c in commands("docs/fine-tune.md") if c.startswith("python train.py") and "data=npz" in c]
     arguments += [a for a in words_of(images)[1] if a.startswith("data")]
@@ -391,7 +390,7 @@ def test_fine_tuning_ones_own(own):
     assert (result.status, result.err) == (0, "")
     records = read(Path("tiny/records.json"))
     assert {(r.network, r.data, r.stage) for r in records} == {
-        ("tiny", "npz:FILE", s) for s in ("before", "epoch", "after")
+        ("my.network.Tiny", "npz:FILE", s) for s in ("before", "epoch", "after")
     }
     assert "head.weight, head.bias" in result.out
     assert np.isfinite([r.accuracy for r in records]).all()

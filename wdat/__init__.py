@@ -5,6 +5,7 @@ From Python, with any network that takes images in [0, 1] and gives logits:
     threat = wdat.ThreatModel(p=2, norm="linf", delta="8/255")
     result = wdat.attack(network, x, y, threat, "wpgd")
     records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])
+    trainer = lightning.Trainer(callbacks=[wdat.RobustEvaluation(threat, ["pgd", "wpgd"])])
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
     from wdat.evaluation import evaluate
     from wdat.records import Record
     from wdat.threat import ThreatModel
+    from wdat.training.callbacks import RobustEvaluation
 
 __version__ = "0.1.0"  # which pyproject.toml reads
 
-__all__ = ["AttackResult", "ConstraintError", "Record", "SettingError", "ThreatModel", "attack", "evaluate"]
+__all__ = [
+    "AttackResult", "ConstraintError", "Record", "RobustEvaluation", "SettingError", "ThreatModel", "attack",
+    "evaluate",
+]  # fmt: skip
 
 _HOMES = {
     "AttackResult": "attacks", "attack": "attacks", "ConstraintError": "errors", "SettingError": "errors",
-    "evaluate": "evaluation", "Record": "records", "ThreatModel": "threat",
+    "evaluate": "evaluation", "Record": "records", "RobustEvaluation": "training.callbacks", "ThreatModel": "threat",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 
 DIVERGED = (
-    "go on from the last good checkpoint with a smaller optimizer.lr, with trainer.gradient_clip_val=1 or "
+    "continue from the last good checkpoint with a smaller optimizer.lr, with trainer.gradient_clip_val=1 or "
     "with trainer.precision=32-true"
 )
 
@@ -21,7 +21,7 @@ class SettingError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run can't go on; the message says what stands and what to try. Printed without a traceback."""
+    """A run can't continue; the message says what stands and what to try. Printed without a traceback."""
 
 
 class Stopped(BaseException):

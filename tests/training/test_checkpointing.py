@@ -132,7 +132,7 @@ def test_a_flipped_byte_is_noticed_though_torch_loads_it(run):
 
 
 def test_the_way_on_from_a_run(run):
-    assert resume_hint(run) == f"go on with resume={run}"
+    assert resume_hint(run) == f"continue with resume={run}"
     last(run).unlink()
     assert "start the run again" in resume_hint(run)
 

@@ -84,14 +84,13 @@ class Save(L.Callback):
 def train(folder, *callbacks, logger=CSVLogger, resume=None, epochs=3, every=2):
     """As `train.py` does: a test, training and a test, or from a checkpoint on."""
     trainer = L.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, callbacks=list(callbacks), logger=logger(folder),
+        max_epochs=epochs, accelerator="cpu", devices=1, callbacks=list(callbacks),
+        logger=logger(folder, resumed_at=steps(resume) if resume else None),
         log_every_n_steps=every, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     module = Counts()
-    if resume:
-        loggers.go_on(trainer.loggers, steps(resume))
-    else:
+    if not resume:
         trainer.test(module, verbose=False)
     trainer.fit(module, ckpt_path=resume)
     trainer.test(module, verbose=False)
@@ -222,8 +221,7 @@ def test_a_file_that_can_not_be_written_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger, WandbLogger])
 def test_processes_other_than_the_first_write_nothing(tmp_path, monkeypatch, logger):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    made = logger(tmp_path)
-    made.go_on(3)
+    made = logger(tmp_path, resumed_at=3)
     made.log_metrics({"a": 1.0}, 0)
     made.save()
     made.finalize("success")
@@ -265,8 +263,8 @@ def events(folder):
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def tensorboard(folder):
-    return TensorBoardLogger(folder, name="", version="tensorboard")
+def tensorboard(folder, resumed_at=None):
+    return TensorBoardLogger(folder, resumed_at, name="", version="tensorboard")
 
 
 @pytest.mark.slow  # imports tensorboard
@@ -301,9 +299,8 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, no_network):
 
     def one(folder, resume):
         with own_run():
-            logger = WandbLogger(tmp_path / folder, project="wdat", offline=True)
-            if resume:
-                logger.go_on(3)
+            resumed_at = 3 if resume else None
+            logger = WandbLogger(tmp_path / folder, project="wdat", offline=True, resumed_at=resumed_at)
             logger.log_metrics({"a": 1.0}, 3)
             name = logger.experiment.id
         assert wandb.run is None, "the next job begins its own"
@@ -317,11 +314,10 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, no_network):
 
 
 def test_a_run_that_stopped_before_wandb_had_an_id_takes_a_new_one(tmp_path):
-    logger = WandbLogger(tmp_path, project="wdat", offline=True)
-    logger.go_on(3)
+    logger = WandbLogger(tmp_path, project="wdat", offline=True, resumed_at=3)
     assert logger.version is None
     (tmp_path / "wandb_id.txt").write_text("abc\n")
-    logger.go_on(3)
+    logger = WandbLogger(tmp_path, project="wdat", offline=True, resumed_at=3)
     assert logger.version == "abc"
     assert (logger._wandb_init["id"], logger._wandb_init["resume"]) == ("abc", "allow")
 

@@ -31,7 +31,7 @@ def test_the_peak_rate_follows_the_batch_size(batch_size, rate):
 
 
 def test_an_impossible_batch_is_named():
-    with pytest.raises(SettingError, match=r"schedule\.per_batch"):
+    with pytest.raises(SettingError, match=r"optimizer\.per_batch"):
         peak_rate(0.1, 128, 0)
 
 
@@ -97,7 +97,7 @@ def test_norms_and_biases_each_have_a_switch(exempt, wanted):
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(SettingError, match=r"schedule\.exempt.*norm"):
+    with pytest.raises(SettingError, match=r"optimizer\.exempt.*norm"):
         decay_groups(nn.Linear(2, 2), ["norms"])
 
 

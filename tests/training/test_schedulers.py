@@ -88,13 +88,13 @@ def test_one_cycle_may_leave_the_momentum_and_the_warm_up_out():
     ids=str,
 )
 def test_impossible_cycles_are_named(settings):
-    with pytest.raises(SettingError, match=f"schedule.shape.{next(iter(settings))}"):
+    with pytest.raises(SettingError, match=f"scheduler.{next(iter(settings))}"):
         OneCycle(**settings)
 
 
 @pytest.mark.parametrize("final", [-0.1, 1.1, math.nan])
 def test_impossible_ends_are_named(final):
-    with pytest.raises(SettingError, match=r"schedule\.shape\.final"):
+    with pytest.raises(SettingError, match=r"scheduler\.final"):
         Cosine(final=final)
 
 

@@ -80,9 +80,10 @@ def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | At
     found: list[str | Attack] = []
     for position, chosen in enumerate(node.attacks):
         if isinstance(chosen, DictConfig):
-            found.append(build(chosen, f"{prefix}attacks[{position}]"))
+            found.append(build(chosen, f"{prefix}attacks[{position}]", **_passes(node, chosen)))
         elif "_target_" in options.get(chosen, {}):
-            found.append(build(node.attack_options[chosen], f"{prefix}attack_options.{chosen}"))
+            own = node.attack_options[chosen]
+            found.append(build(own, f"{prefix}attack_options.{chosen}", **_passes(node, own)))
         elif chosen not in ATTACKS:
             raise unknown("attack", chosen, {*ATTACKS, *options}, f"{prefix}attacks")
         elif ATTACKS[chosen].by_distance:
@@ -90,6 +91,10 @@ def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | At
         else:
             found.append(chosen)
     return found, {name: given for name, given in options.items() if "_target_" not in given}
+
+
+def _passes(node: Any, attack: Any) -> dict[str, Any]:
+    return {} if "batch_size" in attack else {"batch_size": node.batch_size}
 
 
 def check_classes(num_classes: int, losses: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
         network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
-        cfg.optimizer.exempt, notify=say, progress=progress.report,
+        cfg.optimizer.exempt, notify=notify, progress=progress.report,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
     trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])
@@ -85,12 +86,12 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
 
     if not resume:
         trainer.test(module, data, verbose=False)
-        say(f"before training, test images: {measured(results, 'before', threat)}")
+        notify(f"before training, test images: {measured(results, 'before', threat)}")
     trainer.fit(module, data, ckpt_path=resume)
-    results.forget("after")  # of a run that goes on: of other weights, or measured in part
+    results.forget("after")  # of a resumed run: of other weights, or measured in part
     best = trainer.strategy.broadcast(chosen(trainer, run_dir) if first else None)
     trainer.test(module, data, ckpt_path=best, verbose=False)
-    say(f"after training, test images: {measured(results, 'after', threat)}")
+    notify(f"after training, test images: {measured(results, 'after', threat)}")
     if first:
         report(results, run_dir, best, [attack.name for attack in evaluation.attacks], threat.delta)
         dashboard.finish(trainer.loggers, results.records, run_dir, best, trainer.global_step)
@@ -121,12 +122,12 @@ def check(cfg: DictConfig) -> None:
 
 
 def newest(cfg: DictConfig, run_dir: Path) -> Path | None:
-    """The checkpoint from which a run goes on, of which the logger is told; None for a run that begins."""
+    """The checkpoint from which a run is resumed, of whose step the logger is told; None for a run that begins."""
     if not cfg.resume:
         return None
     resume, notice = checkpoints.newest(run_dir)
     if notice:
-        say(notice)
+        notify(notice)
     if cfg.logger is not None and "resumed_at" in cfg.logger:
         cfg.logger.resumed_at = checkpoints.steps(resume)
     return resume
@@ -139,11 +140,15 @@ def evaluation_of(
     attacks, options = build_attacks(cfg.evaluation)
     for factor in cfg.evaluation.curve:
         check_real("evaluation.curve", factor, "(0, inf)", "budgets in units of threat.delta")
-    evaluation = RobustEvaluation(
-        threat, attacks, losses=list(cfg.evaluation.losses), options=options,
-        deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
-        records=records, facts=facts, progress=progress,
-    )  # fmt: skip
+    check_whole("evaluation.batch_size", cfg.evaluation.batch_size)
+    try:
+        evaluation = RobustEvaluation(
+            threat, attacks, losses=list(cfg.evaluation.losses), options=options,
+            deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
+            records=records, facts=facts, progress=progress,
+        )  # fmt: skip
+    except SettingError as error:
+        raise SettingError(re.sub(r"(?<!\.)\battack_options\.", "evaluation.attack_options.", str(error))) from error
     known = [f"val/{key}" for key in METRICS if key in evaluation.metrics]
     if cfg.monitor not in known:
         raise unknown("metric", cfg.monitor, known, "monitor")
@@ -160,7 +165,7 @@ def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
     check_real("optimizer.lr", node.lr, "[0, inf)")
     rate = peak_rate(node.lr, cfg.data.batch_size, cfg.optimizer.per_batch)
     if cfg.optimizer.per_batch is not None:
-        say(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({node.lr:g} for {cfg.optimizer.per_batch})")
+        notify(f"rate    {rate:g} for batches of {cfg.data.batch_size} ({node.lr:g} for {cfg.optimizer.per_batch})")
     optimizer = build(node, "optimizer", lr=rate)
     try_optimizer(optimizer, "optimizer", node, [nn.Parameter(torch.zeros(1))])
     return optimizer  # type: ignore[no-any-return]  # Hydra
@@ -182,13 +187,13 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     _, total = models.describe(network)
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
-    say(f"network {cfg.model.name}: trains {count:,} of {total:,} parameters ({names})")
+    notify(f"network {cfg.model.name}: trains {count:,} of {total:,} parameters ({names})")
     sizes = (f"{data.splits[split]:,}" for split in ("train", "val", "test"))
-    say("images  {} training, {} validation (taken from the training set), {} test".format(*sizes))
+    notify("images  {} training, {} validation (taken from the training set), {} test".format(*sizes))
     if data.pool is not None:
-        say(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
+        notify(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":
-        say(
+        notify(
             f"there are no synthetic images, so objective.label_smoothing={cfg.objective.label_smoothing} with "
             "objective.smooth=synthetic smooths nothing (objective.smooth=all smooths all labels)"
         )
@@ -211,7 +216,7 @@ def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
             fault = checkpoints.damage(candidate)
             if fault is None:
                 return candidate
-            say(f"{candidate.name} can't be used ({fault})")
+            notify(f"{candidate.name} can't be used ({fault})")
     return None
 
 
@@ -223,11 +228,11 @@ def report(results: RecordFile, run_dir: Path, best: Path | None, attacks: list[
     console = PlainConsole(soft_wrap=False)
     console.print(before_after(results.records, attacks, delta))
     files = {"checkpoint": best, "records": results.path, "report": page, "picture": picture}
-    said = "\n".join(f"{name:<10} {path}" for name, path in files.items())
-    console.print(said, highlight=False, soft_wrap=True)
+    lines = "\n".join(f"{name:<10} {path}" for name, path in files.items())
+    console.print(lines, highlight=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Print on the first process only."""
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         PlainConsole().print(text)

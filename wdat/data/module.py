@@ -19,7 +19,7 @@ from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
 from wdat.data.mixed import MixedSet
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positions
-from wdat.data.sources import SOURCES, Where, fetch
+from wdat.data.sources import SOURCES, Source, Where, fetch
 from wdat.data.splits import by_class, check_labels, hold_out
 from wdat.errors import SettingError, unknown
 
@@ -32,7 +32,7 @@ class ImageDataModule(LightningDataModule):
     number of processes or workers.
 
     Args:
-        source: A name in `SOURCES`.
+        source: A name in `SOURCES`, or a function like them, of a `Where`.
         num_classes: Number of classes.
         root: The folder for downloaded sources, and of `source="imagenet"` and `source="folder"`.
         path: The file for `source="npz"`.
@@ -68,7 +68,7 @@ class ImageDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str,
+        source: str | Source,
         num_classes: int,
         root: str | Path | None = "data",
         path: str | Path | None = None,
@@ -91,9 +91,10 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if source not in SOURCES:
+        if isinstance(source, str) and source not in SOURCES:
             raise unknown("data source", source, SOURCES, "data.source")
-        self.source = source
+        self._read: Source = SOURCES[source] if isinstance(source, str) else source
+        self.source = source if isinstance(source, str) else getattr(source, "func", source).__name__
         self.root = root
         self.path = path
         self.where = Where(root, path, size, test_size)
@@ -137,7 +138,7 @@ class ImageDataModule(LightningDataModule):
         alone = stage == "test"
         if self._sets and (alone or self._split):
             return
-        data = SOURCES[self.source](self.where)
+        data = self._read(self.where)
         check_labels(data, self.num_classes)
         sets = {"test": self._set(data.x_test, data.y_test, arange(len(data.y_test)), "test", data.listed)}
         if not alone and data.x_val is not None and data.y_val is not None:

@@ -16,7 +16,7 @@ from wdat.data.imagenet import imagenet
 from wdat.data.npz import npz
 from wdat.data.splits import Splits
 
-__all__ = ["SOURCES", "Where", "cifar10", "cifar100", "digits", "fetch", "folder", "imagenet", "npz"]
+__all__ = ["SOURCES", "Source", "Where", "cifar10", "cifar100", "digits", "fetch", "folder", "imagenet", "npz"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Where:
     test_size: float = 0.2
 
 
-SOURCES: dict[str, Callable[[Where], Splits]] = {
+Source = Callable[[Where], Splits]
+"""A function that reads a data set."""
+
+SOURCES: dict[str, Source] = {
     "cifar10": lambda where: cifar10(where.root or "data", False),
     "cifar100": lambda where: cifar100(where.root or "data", False),
     "imagenet": lambda where: imagenet(where.root or "data"),

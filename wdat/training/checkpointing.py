@@ -59,7 +59,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             reason = error.strerror or _first_line(error)
             kept = f"; {path.name} is still that of before" if path.exists() else ""
             raise RunError(
-                f"the checkpoint {path} couldn't be written ({reason}){kept}: make room, then go on with "
+                f"the checkpoint {path} couldn't be written ({reason}){kept}: make room, then use "
                 f"resume={path.parent.parent}"
             ) from error
 
@@ -122,7 +122,7 @@ def steps(path: Path) -> int:
 def resume_hint(run: Path) -> str:
     """What the user can do with a run that has ended before its time."""
     if (run / FOLDER / LAST).exists():
-        return f"go on with resume={run}"
+        return f"continue with resume={run}"
     return "nothing was saved yet: start the run again"
 
 
@@ -146,6 +146,6 @@ def newest(run: Path) -> tuple[Path, str | None]:
             f"resume={run}: {last.name} can't be used ({fault}), nor can {before.name} ({second}); start the run again"
         )
     return before, (
-        f"{last.name} can't be used ({fault}): going on from the checkpoint before it, {before.name}, "
+        f"{last.name} can't be used ({fault}): resumed from the checkpoint before it, {before.name}, "
         f"step {steps(before)}"
     )

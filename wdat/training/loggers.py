@@ -1,6 +1,6 @@
-"""Loggers that go on where a stopped run left off: one file of metrics, one folder of TensorBoard, one run of W&B.
+"""Loggers that continue where a stopped run left off: one file of metrics, one folder of TensorBoard, one run of W&B.
 
-Each is told when it is made at which step a resumed run goes on (`resumed_at`), None for a run that begins.
+Each is told when it is made at which step a run is resumed (`resumed_at`), None for a run that begins.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class WandbLogger(loggers.WandbLogger):
         save_dir: The folder of the run.
         offline: Keep the run on this machine, as with WANDB_MODE=offline.
         log_checkpoint: Upload the chosen checkpoint too.
-        resumed_at: Other than None, the stopped run of W&B goes on, if it had come so far.
+        resumed_at: Other than None, the stopped run of W&B is continued, if it had come so far.
         options: Those of Lightning's logger and of `wandb.init`; None leaves W&B its own choice.
 
     Raises:

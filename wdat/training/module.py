@@ -45,7 +45,7 @@ class WDATModule(L.LightningModule):
         objective: What is minimised.
         attack: The distributional attack that gives x_w; None where the objective doesn't ask for it.
         threat: The threat trained against.
-        sensitivity: Estimates Υ of the training set as training goes on; None for the batches' own.
+        sensitivity: Estimates Υ of the training set during training; None for the batches' own.
         optimizer: Called with the trainable parameters; in two groups where some are `exempt`.
         scheduler: Factor of the learning rate as a function of the progress in [0, 1]; its method
             `momentum`, if it has one, gives the momentum.

@@ -24,7 +24,7 @@ class ExponentialAveraging(WeightAveraging):
     Running statistics (all buffers) are copied from the current weights, not averaged, as in the PyTorch port of that
     recipe. Frozen parameters stay as they are to the bit.
 
-    Checkpoints hold the average as `state_dict`, the current weights as `current_model_state`. Its place among the
+    Checkpoints hold the average as `state_dict`, the current weights as `current_model_state`. Its position among the
     callbacks doesn't matter.
 
     Args:
@@ -75,7 +75,7 @@ class ExponentialAveraging(WeightAveraging):
         self._latest_update_step, self._start_step = trainer.global_step, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn the length of the run; an average that has started goes on, also in a run that is resumed longer."""
+        """Learn the length of the run; an average that has started continues, also in a run that is resumed longer."""
         if self._start_step is None or trainer.global_step <= self._start_step:
             length = trainer.estimated_stepping_batches
             if self.start and math.isinf(length):
@@ -143,6 +143,6 @@ class ExponentialAveraging(WeightAveraging):
             checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], average
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore both to go on training; else the average is all that is wanted, and is loaded already."""
+        """Restore both to continue training; else the average is all that is wanted, and is loaded already."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)

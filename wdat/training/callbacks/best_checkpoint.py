@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which goes on in a folder that was moved: what it keeps is looked for where the folder is now.
+    """Lightning's, which works on in a folder that was moved: what it keeps is looked for where the folder is now.
 
     Lightning forgets the scores of a folder with another name, and the next epoch would replace a better one.
     """

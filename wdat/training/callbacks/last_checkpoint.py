@@ -1,4 +1,4 @@
-"""`last.ckpt`, from which a stopped run goes on."""
+"""`last.ckpt`, from which a stopped run is resumed."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class RobustEvaluation(L.Callback):
             pl_module.log(f"{split}/{key}", value, prog_bar=key.startswith("acc"))
 
     def _of_checkpoint(self, trainer: L.Trainer) -> Facts:
-        """The facts, with the checkpoint that the trainer has loaded, if it has, by its place in the run's folder."""
+        """The facts, with the checkpoint that the trainer has loaded, if it has, by its path from the run's folder."""
         path = trainer.ckpt_path
         if path is None:
             return self.facts

@@ -68,8 +68,8 @@ class GracefulStop(L.Callback):
         trainer.save_checkpoint(self.path)
         self._stop = Stopped(
             asked,
-            f"stopped by {signal.Signals(asked).name} after step {trainer.global_step}; saved {self.path.name}; go on "
-            f"with resume={self.resume}",
+            f"stopped by {signal.Signals(asked).name} after step {trainer.global_step}; saved {self.path.name}; "
+            f"continue with resume={self.resume}",
         )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
