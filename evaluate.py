@@ -27,7 +27,7 @@ from torch import nn
 
 from wdat import ThreatModel, models
 from wdat.attacks import ATTACKS, Attack
-from wdat.cli.console import evaluation_table, quiet_libraries, readable_errors
+from wdat.cli.console import quiet_libraries, readable_errors
 from wdat.cli.launch import one_at_a_time
 from wdat.cli.place import Place, place_of
 from wdat.cli.resume import check_folder, check_unused, resumed_arguments
@@ -41,6 +41,7 @@ from wdat.evaluation.session import Session, read_radii
 from wdat.records import Facts, RecordFile
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
+from wdat.reporting.tables import evaluation_table
 from wdat.terminal import PlainConsole
 from wdat.threat import parse_budget
 

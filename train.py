@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from wdat import models
 from wdat.attacks import build
-from wdat.cli.console import before_after, figures, quiet_libraries, readable_errors
+from wdat.cli.console import quiet_libraries, readable_errors
 from wdat.cli.launch import agreed, check_launch, join_group, one_at_a_time
 from wdat.cli.resume import check_folder, check_unused, resumed_arguments
 from wdat.cli.sweep import Sweep
@@ -39,6 +39,7 @@ from wdat.records import Facts, RecordFile
 from wdat.reporting import dashboard
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
+from wdat.reporting.tables import before_after, in_a_line
 from wdat.sensitivity import Batch
 from wdat.terminal import PlainConsole
 from wdat.training import checkpointing as checkpoints
@@ -131,7 +132,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     def measure(stage: str) -> None:
         evaluation.stage = stage
         trainer.test(module, data, verbose=False)
-        say(f"{stage} training, test images: {figures(evaluation.last)}")
+        say(f"{stage} training, test images: {in_a_line(evaluation.last)}")
 
     if not resume:
         measure("before")

@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wdat.cli.console import readable_errors
-from wdat.errors import SettingError
-from wdat.records import read
+from wdat.reporting.frame import load_records
 from wdat.reporting.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of each run folder that is named."""
-    parser = argparse.ArgumentParser(prog="python -m wdat.reporting.report", description="Reports of runs as HTML.")
+    parser = argparse.ArgumentParser(prog="python -m wdat.cli.report", description="Reports of runs as HTML.")
     parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders that hold records.json")
     for folder in parser.parse_args(arguments).runs:
-        records = read(folder / "records.json")
-        if not records:
-            raise SettingError(f"{folder} holds no records.json; name the folder of a run")
-        write_report(records, folder / "report.html")
+        write_report(load_records(folder / "records.json"), folder / "report.html")
         print(folder / "report.html")
 
 
