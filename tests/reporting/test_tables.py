@@ -89,7 +89,7 @@ def test_no_change_is_taken_between_different_numbers_of_images():
 def test_an_evaluation_has_a_row_a_measurement():
     bounded = record("evaluate", "knapsack", 0.2, 8 / 255, loss="0-1", distance=7.5 / 255, details={"bound": "upper"})
     table = evaluation_table([record("evaluate", "none", 0.9, 0.0, upsilon=12.346), bounded])
-    assert row(text_of(table), "clean") == ["clean", "90.00 [85.0, 95.0]", "12.35 (CE)", "0.1"]
+    assert row(text_of(table), "clean") == ["clean (CE)", "90.00 [85.0, 95.0]", "12.35", "0.1"]
     assert row(text_of(table), "knapsack ≤")[1:] == ["W₂", "8/255", "20.00 [15.0, 25.0]", "7.5/255", "0.1"]
 
 

@@ -19,7 +19,6 @@ from wdat.terminal import printable
 
 NUMBERS = ("n", "seeds", "before", "after", "evaluate", "accuracy", CHANGE, DIFFERENCE, "distance", "seconds")
 WIDEST = 6  # measurements that may stand side by side
-BOUNDS = {"upper": "≤", "lower": "≥", "exact": ""}
 
 
 @dataclass(frozen=True)
@@ -225,16 +224,20 @@ def evaluation_table(records: Sequence[Record]) -> Grid:
     rows = [
         {
             **({"network": r.network} if several else {}),
-            "attack": f"{r.name} {BOUNDS.get(r.bound, '')}".strip() if r.details.get("bound") else r.name,
+            "attack": f"clean ({loss_name(r.loss)})" if r.attack == "none" else f"{r.name}{_bound(r)}",
             "threat": r.threat, "budget": r.budget,
             "accuracy": interval(r.accuracy, r.accuracy_low, r.accuracy_high),
             "distance": budget_name(r.distance, r.norm, r.delta) if r.attack != "none" else "",
-            "Υ": f"{r.upsilon:.4g} ({loss_name(r.loss)})" if r.attack == "none" and pd.notna(r.upsilon) else "",
+            "Υ": f"{r.upsilon:.4g}" if r.attack == "none" and pd.notna(r.upsilon) else "",
             "seconds": f"{r.seconds:.1f}",
         }
         for r in frame.sort_values("delta", kind="stable").itertuples()
     ]  # fmt: skip
     return Grid(pd.DataFrame(rows), _title(frame), ("Accuracy in percent [95 % interval]",))
+
+
+def _bound(r: Any) -> str:
+    return {"upper": " ≤", "lower": " ≥"}.get(str(r.details.get("bound")), "")
 
 
 def _title(frame: pd.DataFrame) -> str:
