@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from wdat.cli.collect import filters_of, table
+from wdat.cli.collect import filters_of, main, table
+from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record, write
 from wdat.reporting.runs import find
@@ -143,28 +144,26 @@ def test_a_folder_without_records_is_named(tmp_path, make):
         find([place])
 
 
-@pytest.mark.slow
-def test_from_the_command_line(tmp_path):
+def test_from_the_command_line(tmp_path, capsys):
     write(tmp_path / "run" / "records.json", [BASE])
-
-    def collect(*places):
-        command = [sys.executable, "-m", "wdat.cli.collect", *map(str, places)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-
-    good = collect(tmp_path / "run")
-    assert good.returncode == 0
-    title, grid, below = good.stdout.split("\n\n")
+    main([str(tmp_path / "run")])
+    title, grid, below = capsys.readouterr().out.split("\n\n")
     assert title == "net, digits test, 100 images, seed 0, W₂, 8/255, linf"
     assert cells(grid)[1] == [["W-PGD (CE)", "50.00 [40.0, 60.0]"]]
     assert below.startswith("- Accuracy in percent with its 95 % bootstrap interval over images.")
-    shown = collect(tmp_path / "run", "attack=wpgd", "--format", "rich")
-    assert "50.00 [40.0, 60.0]" in shown.stdout
-    for bad in (
-        collect(),
-        collect(tmp_path / "none"),
-        collect(tmp_path, "--baseline", "x"),
-        collect(tmp_path, "attack=x"),
-    ):
-        assert bad.returncode == 2
-        assert "error:" in bad.stderr
-        assert "Traceback" not in bad.stderr
+    main([str(tmp_path / "run"), "attack=wpgd", "--format", "rich"])
+    assert "50.00 [40.0, 60.0]" in capsys.readouterr().out
+    for bad in ([str(tmp_path / "none")], [str(tmp_path), "--baseline", "x"], [str(tmp_path), "attack=x"]):
+        with pytest.raises(SystemExit) as left, readable_errors():
+            main(bad)
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_the_module_is_a_program(tmp_path):
+    command = [sys.executable, "-m", "wdat.cli.collect", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
