@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,8 +31,8 @@ from wdat.attacks.knapsack_allocation import curve, solve
 from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import installed_versions, read, source_commit
-from wdat.reporting.compare import spread
-from wdat.reporting.plots import new_axes, save
+from wdat.reporting.compare import over_seeds
+from wdat.reporting.plots import house_style, legend_below, new_axes, save
 from wdat.threat import ThreatModel
 
 TESTS = {
@@ -42,11 +43,12 @@ TESTS = {
 KNAPSACKS = {"w2": (2.0, 1), "w2_2": (2.0, 2), "w4": (4.0, 1), "w4_2": (4.0, 2)}
 BASE, CONTROL, MAIN = "as_found", "pgd_at", "w2"
 RESAMPLES = 400
+BOTH_LOSSES = "test_original"  # there PGD ascends CE and ReDLR, and the lower accuracy counts
 SHORT = ("clean", "pgd", "wpgd", "w2")  # what the README shows
 RECORD = Path("results/case_study.json")
 PICTURES = Path("docs")
 COLUMNS = {
-    "clean": "clean", "pgd": "PGD δ", "autoattack": "AutoAttack δ", "wpgd": "W-PGD ReDLR",
+    "clean": "clean", "pgd": "PGD ReDLR δ", "autoattack": "AutoAttack δ", "wpgd": "W-PGD ReDLR",
     "w2": "W_2 knapsack δ", "w2_2": "2 δ", "w4": "W_4 knapsack δ", "w4_2": "2 δ", "upsilon": "Υ, CE",
 }  # fmt: skip
 
@@ -96,12 +98,13 @@ def difference(these: dict[int, Path], those: dict[int, Path], delta: float) -> 
     """Paired differences of the main figure, in percentage points; a network as found stands beside every seed."""
     pairs = {s: (these[s], those.get(s, those[min(those)])) for s in these}
     by_seed = {s: 100 * (measured(a, delta)[MAIN] - measured(b, delta)[MAIN]) for s, (a, b) in pairs.items()}
-    over = spread(by_seed)
-    assert over is not None
+    values = pd.DataFrame({"seed": list(by_seed), "accuracy": list(by_seed.values())})
+    over = over_seeds(values.assign(what=""), ["what"]).iloc[0]
+    ends = {f"seeds_{end}": None if pd.isna(over[end]) else float(over[end]) for end in ("low", "high")}
     resamples = [resampled(a, delta) - resampled(b, delta) for a, b in pairs.values()]
     low, high = np.quantile(100 * np.mean(resamples, axis=0), [0.025, 0.975])
     return {
-        "mean": over.mean, "by_seed": by_seed, "seeds_low": over.low, "seeds_high": over.high,
+        "mean": float(over["mean"]), "by_seed": by_seed, **ends,
         "images_low": float(low), "images_high": float(high),
     }  # fmt: skip
 
@@ -155,7 +158,8 @@ def table(found: Sequence[dict[str, Any]], network: str, test: str, columns: Seq
     compared = {"base": "− as found", "control": "− control"}
     if test == "val" or all(row["arm"] != BASE for row in mine):
         del compared["base"]
-    head = ["arm", "seeds", *(COLUMNS[k] for k in keys), *compared.values()]
+    titles = COLUMNS | ({"pgd": "PGD δ, CE or ReDLR"} if test == BOTH_LOSSES else {})
+    head = ["arm", "seeds", *(titles[k] for k in keys), *compared.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in mine:
         cells = [row["says"], str(len(row["seeds"])) if row["arm"] != BASE else ""]
@@ -181,24 +185,22 @@ def _difference(found: dict[str, Any] | None) -> str:
     return f"{found['mean']:+.1f} [{found['images_low']:+.1f}, {found['images_high']:+.1f}{seeds}]"
 
 
+@house_style()
 def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
-    """Knapsack accuracy against the budget, W_2, on the re-encoded images; first seed of each arm."""
+    """Knapsack accuracy against the budget, W₂, on the re-encoded images; first seed of each arm."""
     figure, axes = new_axes()
     delta = NETWORKS[network].delta
-    for arm in arms:
+    for i, arm in enumerate(arms):
         seeds = finished(out / network / arm, "test_jpeg")
-        if seeds:
-            budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
-            axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), label=ARMS[arm].says)
-    axes.axvline(delta, color="grey", lw=0.8)
+        budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
+        dash = ("-", "--", "-.", ":")[i // 8 % 4]
+        axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), ls=dash, lw=1.3, label=ARMS[arm].says)
+    axes.axvline(delta, color="#222222", ls=":", lw=1, label=f"δ = {delta:g}/255")
     axes.set(
-        xlim=(0, 2.5 * delta),
-        ylim=(0, 80),
-        xlabel="W_2 budget, pixel values of 255",
-        ylabel="accuracy at most, %",
+        xlim=(0, 2.5 * delta), ylim=(0, 100), xlabel="budget δ in 1/255, l∞, W₂", ylabel="accuracy at most, in percent"
     )
-    axes.set_title(f"{network} under the optimal distributional attack")
-    axes.legend()
+    axes.set_title(f"{network} under the knapsack, {TESTS['test_jpeg']}")
+    legend_below(figure, axes)
     save(figure, place)
 
 
@@ -211,14 +213,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the networks' pictures")
     args = parser.parse_args()
     if args.out:
-        found = rows(args.out, args.control)
-        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": found}
+        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
-        for network in (r["network"] for r in found if (r["test"], r["arm"]) == ("test_jpeg", BASE)):
+        shown: dict[str, list[str]] = {}  # every competitor of the table
+        for row in record["rows"]:
+            if row["test"] == "test_jpeg":
+                shown.setdefault(row["network"], []).append(row["arm"])
+        for network, arms in shown.items():
             place = args.pictures / f"case-study-{network}.png"
-            picture(args.out, network, [BASE, CONTROL, "wdat_ce", "critical_draw"], place)
+            picture(args.out, network, arms, place)
             CONSOLE.print(f"picture {place}", markup=False)
     if not args.record.exists():
         raise SettingError(f"there is no record {args.record}; name the folder of benchmarks.case_study")

@@ -8,10 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from wdat.reporting.plots import house_style, save
+
 COLOURS = {"table": "#0072b2", "uncorrected table": "#e69f00", "subsample": "#009e73", "ema": "#cc79a7", "batch": "0.7"}
 ORDER = ("batch", "ema", "subsample", "uncorrected table", "table")
 
 
+@house_style()
 def errors_over_time(rows: Sequence[dict[str, Any]], epoch: int, place: Path) -> None:
     """Relative error of every estimator along the run: a panel for each radii loss and norm, at the first rate.
 
@@ -44,4 +47,4 @@ def errors_over_time(rows: Sequence[dict[str, Any]], epoch: int, place: Path) ->
         axes.set_ylabel("relative error, %")
         if k == 0:
             axes.legend(loc="lower right", fontsize=8, ncols=2)
-    figure.savefig(place, dpi=110)
+    save(figure, place)

@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 
-from wdat.records import read
-from wdat.reporting.plots import accuracy_against_budget, radius_histogram, save
+from wdat.reporting.frame import load_records, to_frame
+from wdat.reporting.plots import accuracy_against_budget, house_style, radius_histogram, save
 from wdat.training.optimizers import peak_rate
 
 HERE = Path(__file__).parent
@@ -42,24 +42,23 @@ def draw(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     accuracy, distances, before_after = (folder / f"{name}.png" for name in ("accuracy", "distances", "before_after"))
 
-    evaluation = read(RESULTS / "evaluate" / "resnet2b_w2_l2.json")
-    hidden = [("none", "redlr"), ("pgd", "redlr")]  # a first-order estimate of 0; a line upon that of pgd ce
-    accuracy_against_budget([r for r in evaluation if (r.attack, r.loss) not in hidden], accuracy)
+    evaluation = load_records(RESULTS / "evaluate" / "resnet2b_w2_l2.json")
+    accuracy_against_budget(evaluation, accuracy)
 
-    chosen = [r for r in evaluation if (r.attack, r.loss) in (("wpgd", "redlr"), ("knapsack", "0-1"))]
-    figure = radius_histogram(chosen)
+    figure = radius_histogram(
+        to_frame(evaluation).query("attack == 'wpgd' and loss == 'redlr' or attack == 'knapsack'")
+    )
     assert figure is not None, "these records have histograms"
-    axes = figure.axes[0]
-    axes.set_xlim(right=1.04 * axes.get_xlim()[1])  # so that the line at d* isn't the edge
     save(figure, distances)
 
-    accuracy_against_budget(read(RESULTS / "quickstart" / "seed0.json"), before_after)
+    accuracy_against_budget(load_records(RESULTS / "quickstart" / "seed0.json"), before_after)
 
     schedules = folder / "schedules.png"
     save(rates(), schedules)
     return [accuracy, distances, before_after, schedules]
 
 
+@house_style()
 def rates() -> Figure:
     """The learning rate of every schedule over the epochs of its source, and the warm-up of one and its port."""
     figure = Figure(figsize=(9.6, 8.4), layout="constrained")
@@ -72,7 +71,7 @@ def rates() -> Figure:
             count = int(shown * len(curve))
             axes.plot([i / STEPS for i in range(count)], curve[:count], linewidth=1.6, label=name)
         axes.set_title(
-            f"{title}, {epochs} epochs" if shown == 1 else "the warm-up: per step, and per epoch", fontsize=10
+            f"{title}, {epochs} epochs" if shown == 1 else "the warm-up: per step, and per epoch", fontsize=9
         )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("epoch", fontsize=9)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from wdat.cli.console import percent, readable_errors
+from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record, read
+from wdat.reporting.frame import percent
 
 FIGURES = ("clean", "pointwise", "distributional")
 

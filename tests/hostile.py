@@ -27,14 +27,14 @@ EVALUATED = [
     "attack_options.knapsack.targets=1",
 ]  # fmt: skip
 
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 CLEAN = Record(
     stage="evaluate", network="net", checkpoint="", data="digits", split="test", attack="none", options={}, loss="ce",
     p=2.0, norm="linf", delta=0.0, n=100, set_size=100, accuracy=0.8, accuracy_low=0.7, accuracy_high=0.9,
     loss_mean=1.0, distance=0.0, seconds=0.1, seed=0, device="cpu", commit="abc", versions={"torch": "2"}, upsilon=10.0,
     loss_misclassified=3.0,
 )  # fmt: skip
-EXAMPLE = {"image": PNG, "moved": PNG, "change": PNG, "label": 3, "prediction": 5, "radius": 0.1}
+EXAMPLE = {"picture": PNG, "label": 3, "prediction": 5, "radius": 0.1}
 WPGD = replace(
     CLEAN, attack="wpgd", delta=0.04, accuracy=0.446, accuracy_low=0.4, accuracy_high=0.5, upsilon=None, distance=0.04,
     loss_misclassified=None, loss_mean=1.2, options={"steps": 3},

@@ -11,7 +11,7 @@ import pytest
 
 from wdat import records
 from wdat.errors import SettingError
-from wdat.records import Record, RecordFile, read, write
+from wdat.records import Record, RecordFile, budget_name, read, write
 
 
 def _record(**changes):
@@ -147,3 +147,77 @@ def test_a_book_without_a_file_keeps_records_in_memory(tmp_path, monkeypatch):
     results.add([_record()])
     assert results.records == [replace(_record())]
     assert list(tmp_path.iterdir()) == []
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_pictures_become_files_beside_the_records(tmp_path):
+    examples = [{"picture": PNG + bytes([i]), "label": i} for i in range(2)]
+    results = RecordFile(tmp_path / "run" / "records.json")
+    results.add([_record(details={"examples": examples, "moved": 3}), _record(seed=1, details={"examples": examples})])
+    assert results.records == read(results.path)
+    names = [e["picture"] for r in results.records for e in r.details["examples"]]
+    assert len(set(names)) == 4
+    assert all((results.path.parent / name).read_bytes().startswith(PNG) for name in names)
+    assert (results.path.parent / names[1]).read_bytes() == PNG + b"\x01"
+    assert results.path.stat().st_size < 4000
+    results.add([_record(seed=1, details={"examples": examples})])
+    assert len(list((tmp_path / "run" / "examples").iterdir())) == 4, "measured once more, replaced"
+
+
+def test_names_of_pictures_hold_no_path(tmp_path):
+    record = _record(attack="../../x/é", loss="a\\b", details={"examples": [{"picture": PNG}]})
+    (kept,) = write(tmp_path / "run" / "records.json", [record])
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
+    assert (tmp_path / "run" / kept.details["examples"][0]["picture"]).parent == tmp_path / "run" / "examples"
+
+
+SAME = {
+    "options": {"steps": 5, "radii_loss": None, "batch_size": 7},
+    "seconds": 9.0,
+    "accuracy": 0.1,
+    "device": "cuda:0",
+}
+
+
+@pytest.mark.parametrize("change", [SAME, {"delta": 8 / 255 * (1 + 1e-12)}, {"versions": {}}, {"commit": "x"}])
+def test_two_measurements_of_the_same_thing_have_one_key(change):
+    assert _record(**change).key == _record().key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stage": "after"}, {"epoch": 1}, {"network": "m"}, {"checkpoint": "c"}, {"weights": "w"}, {"data": "x"},
+     {"split": "val"}, {"images": "i"}, {"n": 9}, {"seed": 1}, {"attack": "pgd"}, {"options": {"steps": 6}},
+     {"loss": "redlr"}, {"p": math.inf}, {"norm": "l2"}, {"delta": 0.1}],
+)  # fmt: skip
+def test_whatever_else_differs_is_another_measurement(change):
+    assert _record(**change).key != _record().key
+
+
+def test_the_runs_seed_among_the_options_says_nothing_more():
+    options = {"steps": 5, "radii_loss": None, "seed": 0}
+    assert _record(options=options).key == _record().key
+    assert _record(options={**options, "seed": 3}).key != _record().key
+
+
+def test_an_epoch_that_is_trained_anew_replaces_its_records(tmp_path):
+    results = RecordFile(tmp_path / "records.json")
+    results.add([_record(stage="epoch", epoch=e, accuracy=0.1 * e, weights=f"w{e}") for e in (1, 2)])
+    results.add([_record(stage="epoch", epoch=2, accuracy=0.9, weights="other")])
+    assert [(r.epoch, r.accuracy) for r in read(tmp_path / "records.json")] == [(1, 0.1), (2, 0.9)]
+
+
+@pytest.mark.parametrize("k", [0.25, 0.5, 1, 2, 4, 8, 16, 10, 100])
+def test_a_linf_budget_that_was_typed_as_a_fraction_of_255_is_written_so(k):
+    assert budget_name(k / 255, "linf") == f"{k}/255"
+    assert "255" not in budget_name(k / 255, "l2")
+
+
+def test_budgets_that_were_typed_as_decimals_stay_so():
+    assert [budget_name(d, norm) for d in (0.05, 0.1, 0.25, 1.0) for norm in ("linf", "l2")] == [
+        "0.05", "0.05", "0.1", "0.1", "0.25", "0.25", "1", "1",
+    ]  # fmt: skip
+    assert [budget_name(0.0712345, "linf", like) for like in (0.1, 8 / 255)] == ["0.0712", "18.2/255"]
+    assert budget_name(None, "l2") == "–"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wdat.errors import ConstraintError, SettingError
     from wdat.evaluation import evaluate
     from wdat.records import Record
+    from wdat.reporting.frame import load_records, to_frame
     from wdat.threat import ThreatModel
     from wdat.training.callbacks import RobustEvaluation
 
@@ -25,12 +26,13 @@ __version__ = "0.1.0"  # which pyproject.toml reads
 
 __all__ = [
     "AttackResult", "ConstraintError", "Record", "RobustEvaluation", "SettingError", "ThreatModel", "attack",
-    "evaluate",
+    "evaluate", "load_records", "to_frame",
 ]  # fmt: skip
 
 _HOMES = {
     "AttackResult": "attacks", "attack": "attacks", "ConstraintError": "errors", "SettingError": "errors",
     "evaluate": "evaluation", "Record": "records", "RobustEvaluation": "training.callbacks", "ThreatModel": "threat",
+    "load_records": "reporting.frame", "to_frame": "reporting.frame",
 }  # fmt: skip
 
 

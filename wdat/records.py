@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wdat.errors import SettingError
 
-STAGES = ("before", "epoch", "after", "evaluate")
+EXAMPLES = "examples"  # the folder beside `records.json` with the pictures of a record's examples
 
 
 @cache
@@ -68,6 +71,31 @@ class Facts:
     data: str = "data"
     seed: int = 0
     weights: str | None = None
+
+
+class Key(NamedTuple):
+    """What a record measures: two records with equal keys are two measurements of the same thing.
+
+    Only `batch_size`, the seed of an attack where it is the run's, and the digest of weights that an epoch left are not
+    part of it: none of them changes what is measured.
+    """
+
+    stage: str
+    epoch: int | None
+    network: str
+    checkpoint: str
+    weights: str | None
+    data: str
+    split: str
+    images: str | None
+    n: int
+    seed: int
+    attack: str
+    options: str
+    loss: str
+    p: float
+    norm: str
+    delta: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +157,18 @@ class Record:
     nonfinite: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def key(self) -> Key:
+        """What is measured; resume, replacement, comparison and export tell records apart by it and by nothing else."""
+        own = {k: v for k, v in self.options.items() if k != "batch_size" and (k, v) != ("seed", self.seed)}
+        options = ", ".join(f"{k}={v}" for k, v in sorted(own.items()))
+        weights = None if self.stage == "epoch" else self.weights
+        delta = float(f"{self.delta:.9g}")
+        where = (self.stage, self.epoch, self.network, self.checkpoint, weights, self.data, self.split, self.images)
+        return Key(*where, self.n, self.seed, self.attack, options, self.loss, self.p, self.norm, delta)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values; p = inf becomes the text `inf`, any other figure that isn't finite null."""
+        """Plain values; p = inf becomes the text `inf`, any other figure that isn't finite null, a picture base64."""
         out: dict[str, Any] = _finite(asdict(self))
         out["p"] = "inf" if math.isinf(self.p) else self.p
         return out
@@ -165,15 +203,41 @@ def _finite(value: Any) -> Any:
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Write all records to a temporary file and rename it, so that a stop can't damage an older file."""
+def write(path: Path, records: Sequence[Record]) -> list[Record]:
+    """Write all records to a temporary file and rename it, so that a stop can't damage an older file.
+
+    Pictures that are still in memory become PNG files in the folder `examples` beside it.
+
+    Returns:
+        The records as they are in the file, with the names of their pictures.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [_with_files(record, path.parent) for record in records]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([r.to_json() for r in records], indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps([r.to_json() for r in kept], indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
+    return kept
+
+
+def _with_files(record: Record, folder: Path) -> Record:
+    """The record with its pictures written, each named by what was measured."""
+    examples = record.details.get(EXAMPLES)
+    if not (isinstance(examples, list) and any(isinstance(e.get("picture"), bytes) for e in examples)):
+        return record
+    digest = hashlib.sha256(repr(record.key).encode(errors="backslashreplace")).hexdigest()[:10]
+    about = re.sub(r"[^\w.]+", "_", f"{record.stage}-{record.attack}-{record.loss}", flags=re.ASCII)[:60]
+    found = []
+    for number, example in enumerate(examples):
+        file = Path(EXAMPLES) / f"{about}-{digest}-{number}.png"
+        (folder / EXAMPLES).mkdir(exist_ok=True)
+        (folder / file).write_bytes(example["picture"])
+        found.append({**example, "picture": file.as_posix()})
+    return replace(record, details={**record.details, EXAMPLES: found})
 
 
 def read(path: Path) -> list[Record]:
@@ -193,13 +257,6 @@ def read(path: Path) -> list[Record]:
         raise SettingError(f"{path} isn't a list of records ({error}); move it away and run again") from error
 
 
-def _measured(record: Record) -> tuple[Any, ...]:
-    """What an epoch's record is a measurement of."""
-    return (
-        record.stage, record.epoch, record.split, record.attack, record.loss, record.p, record.norm, record.delta,
-    )  # fmt: skip
-
-
 class RecordFile:
     """The records of a run, written through to `records.json` at every addition.
 
@@ -217,10 +274,38 @@ class RecordFile:
         self.records = [record for record in self.records if record.stage != stage]
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append records and write the file; an epoch that is trained anew after a stop replaces its records."""
-        for record in records:
-            if record.stage == "epoch":
-                self.records = [old for old in self.records if _measured(old) != _measured(record)]
-            self.records.append(record)
+        """Append records and write the file; what is measured once more replaces the older record."""
+        new = {record.key: record for record in records}
+        self.records = [old for old in self.records if old.key not in new] + list(new.values())
         if self.path:
-            write(self.path, self.records)
+            self.records = write(self.path, self.records)
+
+
+def budget_name(delta: float | None, norm: str, like: float | None = None) -> str:
+    """A length in pixel units of [0, 1] as people write it; a dash for none.
+
+    A linf length is a fraction of 255, unless the decimal is the shorter way to write the budget; l2 lengths are always
+    decimals.
+
+    Args:
+        delta: The length.
+        norm: Its ground norm.
+        like: A budget; a measured length is written in the same way as the budget it belongs to.
+
+    Example:
+        >>> [budget_name(d, "linf") for d in (2 / 255, 0.5 / 255, 0.1, 0.031)]
+        ['2/255', '0.5/255', '0.1', '0.031']
+        >>> budget_name(0.25, "l2"), budget_name(0.0712345, "linf", like=0.1), budget_name(0.0712345, "linf", 8 / 255)
+        ('0.25', '0.0712', '18.2/255')
+    """
+    if delta is None:
+        return "–"
+    if norm == "linf" and in_255ths(delta if like is None else like):
+        return f"{255 * delta:.3g}/255" if like is not None else f"{255 * delta:.6g}/255"
+    return f"{delta:.3g}" if like is not None else f"{delta:.6g}"
+
+
+def in_255ths(delta: float) -> bool:
+    """Whether a linf budget is written as a fraction of 255, which takes fewer digits than the decimal."""
+    digits = [len(f"{value:.6g}".strip("0").replace(".", "").strip("0")) for value in (255 * delta, delta)]
+    return delta != 0 and digits[0] <= digits[1]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import re
 import warnings
 
 import pytest
 from hydra.errors import InstantiationException
-from rich.console import Console
 
-from wdat.cli.console import before_after, figures, percent, quiet_libraries, readable_errors
+from wdat.cli.console import quiet_libraries, readable_errors
 from wdat.errors import ConstraintError, RunError, SettingError, Stopped
-from wdat.records import Record
 
 
 def status_and_text(capsys, error):
@@ -109,76 +105,6 @@ def test_a_failed_run_is_found_in_what_it_was_wrapped_in(capsys):
         raise wrapped(RunError("no room"), ValueError)
     assert left.value.code == 1
     assert "no room" in capsys.readouterr().err
-
-
-def record(stage, attack, accuracy, delta=0.1, split="test", **other):
-    about = {
-        "network": "net[1]", "checkpoint": "", "data": "digits", "options": {}, "loss": "ce", "norm": "linf", "n": 200,
-        "set_size": 200, "loss_mean": 1.0, "distance": 0.1, "seconds": 0.1, "seed": 0, "device": "cpu", "p": 2.0,
-    }  # fmt: skip
-    ends = {"accuracy_low": accuracy - 0.05, "accuracy_high": accuracy + 0.05}
-    return Record(stage=stage, attack=attack, split=split, accuracy=accuracy, delta=delta, **{**about, **ends, **other})
-
-
-RECORDS = [
-    record("before", "none", 0.9, 0.0, upsilon=12.346),
-    record("before", "pgd", 0.5, p=float("inf")),
-    record("before", "wpgd", 0.25),
-    record("before", "wpgd", 0.125, delta=0.2),  # another budget
-    record("epoch", "none", 0.77, 0.0, split="val"),
-    record("before", "wpgd", 0.76, split="val"),
-    record("after", "none", 0.875, 0.0, upsilon=3.0),
-    record("after", "wpgd", 0.3125),
-    record("after", "pgd", 0.5625, p=float("inf")),
-]
-
-
-def text_of(table):
-    console = Console(file=io.StringIO(), width=160)
-    console.print(table)
-    return console.file.getvalue()
-
-
-def words(text, part):
-    """The cells of the first line that has `part`: what stands two spaces apart."""
-    line = next(line for line in text.splitlines() if part in line)
-    return [cell for cell in re.split(r"[│┃]|\s{2,}", line.strip()) if cell.strip()]
-
-
-def row(text, name):
-    return words("\n".join(line for line in text.splitlines() if line.strip("│ ").startswith(name)), name)
-
-
-def test_before_and_after():
-    text = text_of(before_after(RECORDS, ["pgd", "wpgd"], 0.1))
-    assert row(text, "before") == ["before", "90.00 [85.0, 95.0]", "50.00 [45.0, 55.0]", "25.00 [20.0, 30.0]", "12.35"]
-    assert row(text, "after") == ["after", "87.50 [82.5, 92.5]", "56.25 [51.2, 61.3]", "31.25 [26.2, 36.2]", "3.00"]
-    assert row(text, "change") == ["change", "-2.50", "+6.25", "+6.25"]
-    for part in ("net[1] on digits, 200 test images", "linf", "δ = 0.1"):
-        assert part in text
-    assert words(text, "pgd ce") == ["clean", "pgd ce", "wpgd ce", "ce"]
-    assert words(text, "distributional") == ["pointwise", "distributional W_2", "Υ"]
-
-
-def test_the_latest_record_counts():
-    """A resumed run is measured `after` once more."""
-    text = text_of(before_after([*RECORDS, record("after", "wpgd", 0.5)], ["pgd", "wpgd"], 0.1))
-    assert row(text, "change")[3] == "+25.00"
-
-
-def test_what_is_missing_is_a_dash():
-    text = text_of(before_after(RECORDS[:3], ["pgd", "wpgd"], 0.1))
-    assert row(text, "after") == ["after", "–", "–", "–", "–"]
-    assert row(text, "change")[1:4] == ["–", "–", "–"]
-    assert "–" in text_of(before_after([], ["pgd", "wpgd"], 0.1))
-
-
-def test_a_stage_in_a_line():
-    assert figures(RECORDS[:3]) == "clean 90.00 %, pgd 50.00 %, wpgd 25.00 %"
-
-
-def test_percent():
-    assert [percent(v) for v in (0.0, 1.0, 0.68557, None)] == ["0.00", "100.00", "68.56", "–"]
 
 
 def test_only_chosen_messages_are_silenced():

@@ -129,8 +129,8 @@ def test_evaluating_the_checkpoint_gives_the_recorded_numbers(finished):
 def test_the_picture(finished):
     assert finished.picture.shape[0] >= 400
     assert finished.picture[..., :3].std() > 0.02
-    blue = np.abs(finished.picture[..., :3] - np.array([0x1F, 0x5F, 0xA8]) / 255).max(-1) < 0.02
-    assert blue.sum() > 50, "the line of the stage `after`"
+    blue = np.abs(finished.picture[..., :3] - np.array([0x00, 0x72, 0xB2]) / 255).max(-1) < 0.02
+    assert blue.sum() > 50, "W-PGD after training"
 
 
 def test_the_terminal(finished):

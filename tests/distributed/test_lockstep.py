@@ -211,7 +211,12 @@ def test_one_folder_serves_any_number_of_processes(measure, searches, tmp_path):
         with np.load(tmp_path / "one" / "distances_linf.npz") as a, np.load(folder / "distances_linf.npz") as b:
             np.testing.assert_allclose(a["distances"], b["distances"], rtol=1e-9)
             np.testing.assert_array_equal(a["labels"], b["labels"])
-        assert {f.name for f in folder.iterdir()} == {"records.json", "nearest_linf.pt", "distances_linf.npz"}
+        assert {f.name for f in folder.iterdir()} == {
+            "records.json",
+            "examples",
+            "nearest_linf.pt",
+            "distances_linf.npz",
+        }
 
 
 def test_flips_of_other_images_or_labels_are_not_reused(measure, searches, problem, tmp_path):

@@ -18,8 +18,10 @@ from script_runner import run_script
 import wdat
 from sweeps import wandb_file
 from wdat.errors import Stopped
+from wdat.records import RecordFile
 from wdat.reporting import dashboard
-from wdat.reporting.dashboard import BEFORE_AFTER, EXAMPLES, METRICS, before_after, configuration, examples
+from wdat.reporting.dashboard import METRICS, configuration, examples
+from wdat.reporting.frame import paired, to_frame
 from wdat.training.callbacks import AttackLog
 from wdat.training.loggers import TensorBoardLogger, WandbLogger
 
@@ -81,11 +83,11 @@ def test_the_names_of_the_metrics_are_those_of_the_contract():
 
 
 def test_the_table_has_every_measurement_before_and_after(records):
-    rows = [dict(zip(BEFORE_AFTER, row, strict=True)) for row in before_after(records)]
-    assert [(r["attack"], r["kind"], r["budget"]) for r in rows] == [
-        ("clean", "–", "–"), ("pgd", "pointwise", "8/255"), ("wpgd", "W_2", "8/255"),
+    found = paired(to_frame(records))
+    assert found[["attack", "threat", "budget"]].to_numpy().tolist() == [
+        ["clean", "", ""], ["PGD (CE)", "pointwise", "8/255"], ["W-PGD (CE)", "W₂", "8/255"],
     ]  # fmt: skip
-    for row, old, new in zip(rows, records[:3], records[5:8], strict=True):
+    for row, old, new in zip(found.to_dict("records"), records[:3], records[5:8], strict=True):
         assert (row["before"], row["before_low"], row["before_high"]) == (
             old.accuracy, old.accuracy_low, old.accuracy_high,
         )  # fmt: skip
@@ -94,21 +96,24 @@ def test_the_table_has_every_measurement_before_and_after(records):
 
 
 def test_a_stage_that_was_not_measured_is_left_empty(records):
-    (row, *_) = before_after([r for r in records if r.stage == "before"])
-    assert row[-4:] == [None] * 4
-    assert row[6] == records[0].accuracy
+    found = paired(to_frame([r for r in records if r.stage == "before"]))
+    assert found[["after", "after_low", "after_high", "change"]].isna().all(axis=None)
+    assert found["before"][0] == records[0].accuracy
 
 
-def test_examples_are_of_the_last_stage_with_pictures_radii_and_predictions(records):
-    rows = [dict(zip(EXAMPLES, row, strict=True)) for row in examples(records)]
-    assert [r["attack"] for r in rows] == ["pgd (pointwise, ce)"] * 6 + ["wpgd (W_2, ce)"] * 6
-    pixels = [np.asarray(rows[0][key], dtype=float) for key in ("image", "adversarial")]
-    assert pixels[0].shape == (4, 4, 3)
-    assert np.abs(pixels[0] - pixels[1]).max() == pytest.approx(255 * rows[0]["distance"], abs=1)
-    for row in rows:
-        assert {row["label"], row["prediction"], row["clean_prediction"]} <= {0, 1, 2}
-        assert row["radius"] is None or row["distance"] <= row["radius"] * (1 + 1e-5)
-    assert examples([r for r in records if r.stage == "epoch"]) == []
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_examples_are_of_the_last_stage_with_pictures_radii_and_predictions(records, tmp_path, in_memory):
+    results = RecordFile(None if in_memory else tmp_path / "records.json")
+    results.add(records)
+    found = examples(results.records, tmp_path)
+    assert found["attack"].tolist() == ["PGD (CE)"] * 6 + ["W-PGD (CE)"] * 6
+    pixels = np.asarray(found["picture"][0], dtype=float)
+    assert pixels.shape == (4, 14, 3), "three pictures and two gaps"
+    assert found["classes"].str.fullmatch("[012] → [012]").all()
+    assert found["radius"][0] == "8/255"
+    shown = 255 * float(found["distance"][0].removesuffix("/255")) / 255
+    assert np.abs(pixels[:, :4] - pixels[:, 5:9]).max() == pytest.approx(shown, abs=1)
+    assert examples([r for r in records if r.stage == "epoch"], tmp_path).empty
 
 
 def test_the_configuration_is_resolved_but_for_the_environment(monkeypatch):
@@ -186,10 +191,10 @@ def test_wandb_gets_tables_picture_and_files_at_the_end(fake, records, tmp_path,
     (shown,) = run.logged
     assert shown.pop("trainer/global_step") == 7
     assert shown.pop("results/accuracy_against_budget") == ("image", str(tmp_path / "curve.png"))
-    assert shown["results/before_after"].data == before_after(records)
+    assert shown["results/before_after"].dataframe.equals(paired(to_frame(records)))
     table = shown["results/adversarial_examples"]
-    assert (table.columns, len(table.data)) == (EXAMPLES, 12)
-    assert [cell[0] for cell in table.data[0][2:5]] == ["image"] * 3
+    assert len(table.data) == 12
+    assert table.data[0][table.columns.index("picture")][0] == "image"
     wanted = {"results-abc": ("results", ["records.json", "report.html", "curve.png"], [])}
     if log_checkpoint:
         wanted["checkpoint-abc"] = ("model", ["best.ckpt"], ["best"])
@@ -223,11 +228,11 @@ def test_tensorboard_gets_the_same_as_images_and_text(records, tmp_path):
     found = events(tmp_path)
     assert set(found.Tags()["images"]) == {"results/accuracy_against_budget", "results/adversarial_examples"}
     (sheet,) = found.Images("results/adversarial_examples")
-    assert (sheet.width, sheet.height, sheet.step) == (12, 48, 7)
+    assert (sheet.width, sheet.height, sheet.step) == (14, 48, 7)
     text = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
     assert "seed: 5" in text["configuration/text_summary"]
-    assert text["results/before_after/text_summary"].count("\n") == 4
-    assert "clean_prediction" in text["results/adversarial_examples/text_summary"]
+    assert text["results/before_after/text_summary"].count("\n") == 5
+    assert "classes" in text["results/adversarial_examples/text_summary"]
 
 
 def events(folder):
@@ -275,7 +280,7 @@ def test_an_offline_run_of_wandb_holds_everything(offline, home, tmp_path, monke
     }.items():
         assert last[f"results/{key}/_type"][f"results/{key}/_type"] == f"{kind}-file"
     (media,) = Path("run").rglob("before_after*.table.json")
-    assert [row[0] for row in json.loads(media.read_text())["data"]] == ["clean", "pgd", "wpgd", "pgd", "wpgd"]
+    assert [row[0] for row in json.loads(media.read_text())["data"]] == ["clean", *["PGD (CE)", "W-PGD (ReDLR)"] * 2]
     pictures = [files for kind, files in run.artifacts.values() if kind == "run_table" and len(files) > 1]
     assert len(pictures[0]) > 12, "the table and its pictures"
     kept = {kind: files for kind, files in run.artifacts.values() if kind != "run_table"}

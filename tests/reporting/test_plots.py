@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +15,12 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from wdat.records import Record
-from wdat.reporting.figures import groups
+from wdat.reporting.frame import sections, to_frame
 from wdat.reporting.plots import (
     accuracy_against_budget,
     accuracy_against_effort,
     accuracy_curves,
+    on_curve,
     radius_histogram,
     save,
     to_svg,
@@ -45,78 +49,66 @@ RECORDS = [
 ]
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """`drawn(records)` gives the axes and the file."""
-    kept = []
-    save = Figure.savefig
-
-    def savefig(self, *others, **options):
-        kept.append(self)
-        return save(self, *others, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-
-    def draw(records):
-        accuracy_against_budget(records, tmp_path / "deep" / "curve.png")
-        return kept[-1].axes[0], tmp_path / "deep" / "curve.png"
-
-    return draw
+def section_of(*records):
+    return sections(to_frame(records))[0]
 
 
-def test_names_from_records_are_no_mathematics(drawn):
-    odd = [replace(r, network="a$\\frac$", attack=r.attack if r.attack == "none" else "$x^$") for r in RECORDS]
-    _, path = drawn(odd)
-    assert path.exists()
+def points_of(axes):
+    """Accuracies drawn as points, by label: rounded (budget, accuracy), the budgets without their offset."""
+    found = {}
+    for container in axes.containers:
+        if container.get_label() and not container.get_label().startswith("_"):
+            x, y = container.lines[0].get_data()
+            found[container.get_label()] = [(round(float(a), 2), round(float(b), 6)) for a, b in zip(x, y, strict=True)]
+    return found
 
 
-def test_lines_are_the_records(drawn):
-    axes, _ = drawn(RECORDS)
-    lines = {line.get_label(): np.round(line.get_xydata(), 6).tolist() for line in axes.get_lines()}
-    lines.pop("after: pgd (W_2)", None)  # the next test
-    assert lines == {
-        "before: pgd (pointwise)": [[0, 90], [25.5, 60]],
-        "before: wpgd (W_2)": [[0, 90], [12.75, 70], [25.5, 50], [51, 10]],
-        "after: wpgd (W_2)": [[0, 85], [25.5, 55]],
-    }
+def curves_of(axes):
+    """Lines, by label."""
+    return {line.get_label(): np.array(line.get_xydata()) for line in axes.get_lines() if line.get_label()[0] != "_"}
 
 
-def test_a_line_needs_a_point_under_its_attack(drawn):
-    """An attack without a record of that stage has no order to name, and a lone clean point is no curve."""
-    axes, _ = drawn(RECORDS)
-    assert not [line for line in axes.get_lines() if len(line.get_xydata()) < 2]
+def test_attacks_at_single_budgets_are_points_and_no_lines():
+    axes = accuracy_curves(section_of(*RECORDS)).axes[0]
+    found = points_of(axes)
+    assert set(found) == {"clean, before", "clean, after", "PGD (CE), pointwise, before", "W-PGD (CE), W₂, before",
+                          "W-PGD (CE), W₂, after"}  # fmt: skip
+    assert [y for _, y in found["W-PGD (CE), W₂, before"]] == [70, 50, 10]
+    assert [x for x, _ in found["W-PGD (CE), W₂, before"]] == pytest.approx([0.05, 0.1, 0.2], abs=0.02)
+    assert found["clean, after"] == [(0, 85)], "the latest counts"
+    assert not curves_of(axes)
 
 
-def test_bands_are_the_intervals(drawn):
-    axes, _ = drawn(RECORDS[:4])
-    (band,) = axes.collections
-    corners = {tuple(np.round(c, 6)) for c in band.get_paths()[0].vertices}
-    assert {(0, 80), (0, 95), (25.5, 40), (25.5, 55), (51, 0), (51, 15)} <= corners
+def test_intervals_are_those_of_the_records():
+    axes = accuracy_curves(section_of(*RECORDS[:2])).axes[0]
+    (bars,) = [c for c in axes.containers if c.get_label().startswith("W-PGD")]
+    (segment,) = bars.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([40, 55])
 
 
-def test_the_axes_name_their_units(drawn):
-    axes, _ = drawn(RECORDS)
-    assert "1/255" in axes.get_xlabel()
-    assert "linf" in axes.get_xlabel()
-    assert "percent" in axes.get_ylabel()
+def test_points_that_no_picture_can_tell_apart_are_said_in_the_legend():
+    near = replace(record("evaluate", "pgd", 0.1, 0.502), p=math.inf)
+    both = section_of(record("evaluate", "none", 0, 0.9), record("evaluate", "wpgd", 0.1, 0.5), near)
+    assert set(points_of(accuracy_curves(both).axes[0])) == {"clean", "W-PGD (CE), W₂ ≈ PGD (CE), pointwise"}
+
+
+def test_the_axes_name_their_units_and_the_title_what_was_measured():
+    axes = accuracy_curves(section_of(*RECORDS)).axes[0]
+    assert axes.get_xlabel() == "budget δ in pixel units, l∞"
+    assert axes.get_ylabel() == "accuracy in percent"
     assert axes.get_ylim() == (0, 100)
     assert axes.get_title(loc="left") == "net on digits, 100 test images"
+    typed = section_of(record("evaluate", "wpgd", 8 / 255, 0.5))
+    assert accuracy_curves(typed).axes[0].get_xlabel() == "budget δ in 1/255, l∞"
 
 
-def test_the_file_is_a_picture(drawn):
-    _, path = drawn(RECORDS)
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    pixels = image.imread(path)
-    assert pixels.shape[0] >= 400
-    assert pixels.shape[1] >= 600
-    _, blank = drawn([])
-    assert np.abs(pixels - image.imread(blank)).max() > 0.3, "lines leave a trace"
-
-
-def test_without_records_the_axes_are_empty(drawn):
-    axes, path = drawn([RECORDS[5]])
-    assert axes.get_lines() == []
-    assert path.exists()
+def test_the_picture_of_a_run_is_written(tmp_path):
+    odd = [replace(r, network="a$\\frac$", attack=r.attack if r.attack == "none" else "$x^$") for r in RECORDS]
+    for number, records in enumerate([RECORDS, odd, [], RECORDS[5:6]]):
+        path = tmp_path / "deep" / f"{number}.png"
+        accuracy_against_budget(records, path)
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert min(image.imread(path).shape[:2]) >= 400
 
 
 KNAPSACK = replace(
@@ -126,61 +118,73 @@ KNAPSACK = replace(
 )  # fmt: skip
 
 
-def lines_of(figure):
-    return {line.get_label(): np.round(line.get_xydata(), 6) for line in figure.axes[0].get_lines()}
+CLEAN = record("evaluate", "none", 0.0, 0.9)
 
 
-def curves(*records):
-    (group,) = groups([record("evaluate", "none", 0.0, 0.9), *records])
-    return lines_of(accuracy_curves(group))
-
-
-def test_the_knapsack_is_linear_in_the_power_of_the_budget():
-    line = curves(KNAPSACK)["knapsack (W_2)"]
-    assert line[[0, 8, 16]].tolist() == [[0, 90], [25.5, 50], [51, 0]]
-    halfway = line[12]
-    assert halfway == pytest.approx([255 * math.sqrt((0.1**2 + 0.2**2) / 2), 25], abs=1e-4)
-
-
-def test_the_pointwise_knapsack_is_a_staircase():
-    (group,) = groups([record("evaluate", "none", 0.0, 0.9, p=math.inf), replace(KNAPSACK, p=math.inf)])
-    (line,) = [x for x in accuracy_curves(group).axes[0].get_lines() if x.get_label().startswith("knapsack")]
-    assert line.get_drawstyle() == "steps-post"
-
-
-def test_attacks_start_at_the_clean_accuracy():
-    line = curves(record("evaluate", "wpgd", 0.2, 0.1), record("evaluate", "wpgd", 0.1, 0.5))["wpgd ce (W_2)"]
-    assert line.tolist() == [[0, 90], [25.5, 50], [51, 10]]
-
-
-def test_the_estimate_is_named_one():
-    clean = replace(record("evaluate", "none", 0.0, 0.9), upsilon=2.0, loss_misclassified=2.0)
-    (group,) = groups([clean, record("evaluate", "wpgd", 0.1, 0.5)])
-    assert lines_of(accuracy_curves(group))["first-order estimate, ce"].tolist() == [[0, 90], [25.5, 72]]
-
-
-def test_an_evaluation_alone_is_drawn_too(drawn):
-    axes, _ = drawn(
-        [record("evaluate", "none", 0.0, 0.9, split="val"), record("evaluate", "wpgd", 0.1, 0.5, split="val")]
+@pytest.mark.parametrize(("p", "halfway"), [(2.0, 0.5 * (0.5 + 0.0)), (1.0, 0.25), (math.inf, 0.5)])
+def test_the_knapsacks_curve_is_linear_in_the_power_of_the_budget(p, halfway):
+    between = 0.15 if p != 2 else math.sqrt((0.1**2 + 0.2**2) / 2)
+    curve = KNAPSACK.details["curve"]
+    assert on_curve(curve, p, np.array([0.0, 0.1, between, 0.2, 5.0])).tolist() == pytest.approx(
+        [0.9, 0.5, halfway, 0, 0]
     )
-    assert axes.get_lines()[0].get_label() == "wpgd ce (W_2)"
+
+
+def test_the_knapsacks_curve_is_whole():
+    (section,) = sections(to_frame([CLEAN, KNAPSACK]))
+    (line,) = curves_of(accuracy_curves(section).axes[0]).values()
+    assert line[0].tolist() == [0, 90]
+    assert line[-1, 0] == pytest.approx(0.12)
+    assert np.interp(0.1, line[:, 0], line[:, 1]) == pytest.approx(50, abs=0.2)
+
+
+def test_certified_radii_and_the_knapsack_are_the_ends_of_a_band():
+    lower = replace(KNAPSACK, attack="certified", details={"bound": "lower", "curve": [[0.0, 0.9], [0.05, 0.1]]})
+    axes = accuracy_curves(section_of(CLEAN, KNAPSACK, lower)).axes[0]
+    (band,) = [c for c in axes.collections if str(c.get_label()).startswith("between")]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((10, 90))
+    assert set(curves_of(axes)) == {"knapsack, W₂", "certified, W₂, lower bound"}
+
+
+def test_the_estimate_is_named_one_and_not_drawn_at_zero():
+    clean = replace(CLEAN, upsilon=2.0, loss_misclassified=2.0)
+    found = points_of(accuracy_curves(section_of(clean, record("evaluate", "wpgd", 0.1, 0.5))).axes[0])
+    assert [y for _, y in found["first-order estimate, CE"]] == [72]
+    worse = replace(record("evaluate", "wpgd", 0.1, 0.5), loss_mean=9.0)
+    assert "first-order estimate, CE" not in points_of(accuracy_curves(section_of(clean, worse)).axes[0])
+
+
+def test_a_figure_is_drawn_on_the_users_axes():
+    figure = Figure()
+    axes = figure.add_subplot()
+    assert accuracy_curves(section_of(CLEAN, KNAPSACK), axes) is figure
+    assert axes.get_lines()
+
+
+def test_a_notebooks_backend_does_not_matter():
+    program = "import wdat.reporting.plots as p, os; assert os.environ['MPLBACKEND'] == 'module://no_such_backend'"
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_backend"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_effort_is_drawn_as_recorded():
-    assert accuracy_against_effort([RECORDS[1]]) is None
-    assert lines_of(accuracy_against_effort([KNAPSACK]))["W_2, δ = 25.5/255"].tolist() == [[10, 70], [20, 50]]
+    assert accuracy_against_effort(to_frame([RECORDS[1]])) is None
+    (line,) = accuracy_against_effort(to_frame([KNAPSACK])).axes[0].get_lines()
+    assert np.round(line.get_xydata(), 6).tolist() == [[10, 70], [20, 50]]
 
 
 def test_histograms_keep_the_number_of_images():
-    assert radius_histogram([RECORDS[1]]) is None
-    axes = radius_histogram([KNAPSACK]).axes[0]
+    assert radius_histogram(to_frame([RECORDS[1]])) is None
+    axes = radius_histogram(to_frame([KNAPSACK])).axes[0]
     heights, edges, _ = axes.patches[0].get_data()
     assert (heights * np.diff(edges)).sum() == pytest.approx(100)
-    assert "d* = 76.5/255" in [line.get_label() for line in axes.get_lines()]
+    assert "d* = 0.3" in [line.get_label() for line in axes.get_lines()]
 
 
 def test_svg_is_the_same_each_time_and_names_no_date(tmp_path):
-    first, second = (to_svg(radius_histogram([KNAPSACK]), "a-", 'x "<y>') for _ in range(2))
+    first, second = (to_svg(radius_histogram(to_frame([KNAPSACK])), "a-", 'x "<y>') for _ in range(2))
     assert first == second
     assert first.startswith('<svg role="img" aria-label="x &quot;&lt;y&gt;"')
     assert "<metadata" not in first
@@ -188,5 +192,5 @@ def test_svg_is_the_same_each_time_and_names_no_date(tmp_path):
     assert all(name.startswith("a-") for name in re.findall(r'\sid="([^"]*)"', first))
     for ending in ("svg", "png"):
         for name in "ab":
-            save(radius_histogram([KNAPSACK]), tmp_path / "deep" / f"{name}.{ending}")
+            save(radius_histogram(to_frame([KNAPSACK])), tmp_path / "deep" / f"{name}.{ending}")
         assert (tmp_path / f"deep/a.{ending}").read_bytes() == (tmp_path / f"deep/b.{ending}").read_bytes()

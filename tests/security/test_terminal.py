@@ -11,10 +11,12 @@ import torch
 from hostile import CLEAN, WPGD, page_of
 from rich.console import Console
 
-from wdat.cli.console import before_after, evaluation_table, readable_errors
+from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.models import load_network
-from wdat.reporting import figures, plots
+from wdat.reporting import plots
+from wdat.reporting.frame import sections, to_frame
+from wdat.reporting.tables import before_after, evaluation_table
 from wdat.terminal import PlainConsole
 
 STEERING = "\x1b[2J\x1b]8;;http://x\x07\x9b31m"
@@ -74,7 +76,7 @@ def test_no_name_stops_a_picture(tmp_path, name):
     found = [replace(CLEAN, **{**changed, "attack": "none"}), replace(WPGD, **changed)]
     both = [replace(r, stage=stage) for stage in ("before", "after") for r in found]
     plots.accuracy_against_budget(both, tmp_path / "curve.png")
-    plots.save(plots.accuracy_curves(figures.groups(found)[0]), tmp_path / "curve.svg")
+    plots.save(plots.accuracy_curves(sections(to_frame(found))[0]), tmp_path / "curve.svg")
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert "\x1b" not in (tmp_path / "curve.svg").read_text(encoding="utf-8")
 

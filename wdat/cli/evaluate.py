@@ -18,7 +18,6 @@ from torch import nn
 
 from wdat import models
 from wdat.attacks import ATTACKS, Attack
-from wdat.cli.console import evaluation_table
 from wdat.cli.launch import one_at_a_time
 from wdat.data.batch import Batch
 from wdat.distributed import current, together
@@ -29,6 +28,7 @@ from wdat.evaluation.session import Session, read_radii
 from wdat.records import Facts, RecordFile
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
+from wdat.reporting.tables import evaluation_table
 from wdat.terminal import PlainConsole
 from wdat.threat import ThreatModel, parse_budget
 from wdat.training.callbacks import WorkProgress

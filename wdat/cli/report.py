@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wdat.cli.console import readable_errors
-from wdat.errors import SettingError
-from wdat.records import read
+from wdat.reporting.frame import load_records
 from wdat.reporting.report import write_report
 
 
@@ -17,10 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="wdat report", description="Reports of runs as HTML.")
     parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders that hold records.json")
     for folder in parser.parse_args(arguments).runs:
-        records = read(folder / "records.json")
-        if not records:
-            raise SettingError(f"{folder} holds no records.json; name the folder of a run")
-        write_report(records, folder / "report.html")
+        write_report(load_records(folder / "records.json"), folder / "report.html")
         print(folder / "report.html")
 
 

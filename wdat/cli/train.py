@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from wdat import models
 from wdat.cli.build import build, build_attacks, check_classes, try_optimizer
-from wdat.cli.console import before_after, figures
 from wdat.cli.launch import one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
@@ -26,6 +25,7 @@ from wdat.records import Facts, RecordFile
 from wdat.reporting import dashboard
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
+from wdat.reporting.tables import before_after, in_a_line
 from wdat.sensitivity import with_pool
 from wdat.terminal import PlainConsole
 from wdat.threat import ThreatModel
@@ -202,7 +202,7 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
 def measured(results: RecordFile, stage: str, threat: ThreatModel) -> str:
     """One line on a stage: accuracy on test images, clean and under each attack at the threat's budget."""
     found = [r for r in results.records if r.stage == stage and r.delta in (0.0, threat.delta)]
-    return figures(found)
+    return in_a_line(found)
 
 
 def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:

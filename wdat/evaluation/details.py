@@ -14,8 +14,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,31 +27,8 @@ from wdat.distributed import ALONE, Processes
 from wdat.gradients import forward, undisturbed
 from wdat.losses import predictions
 
-
-def pictures(
-    network: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    result: AttackResult,
-    batch_size: int,
-    rows: Tensor,
-    processes: Processes = ALONE,
-) -> dict[str, Any]:
-    """`histogram` and `examples` of one attack.
-
-    Args:
-        network: Gives the classes shown with the examples; left as it was found.
-        x: Images (N, C, H, W), this process's part.
-        y: Labels (N,).
-        result: What became of them.
-        batch_size: Images per pass.
-        rows: (N,), where the images stand in the whole set.
-        processes: Hold the other parts.
-    """
-    with undisturbed(network):
-        before, after = (predictions(forward(network, images, batch_size)) for images in (x, result.x_adv))
-    counts = histogram(result.distances, processes=processes)
-    return {"histogram": counts, "examples": examples(x, y, result, before, after, rows, processes)}
+COUNT = 6  # examples of a record
+LARGEST = 1024  # width of a picture's parts in pixels; larger images are no examples
 
 
 def histogram(distances: Tensor, bins: int = 40, processes: Processes = ALONE) -> dict[str, list[float]]:
@@ -69,66 +46,62 @@ def histogram(distances: Tensor, bins: int = 40, processes: Processes = ALONE) -
 
 
 def examples(
+    network: nn.Module,
     x: Tensor,
     y: Tensor,
     result: AttackResult,
-    before: Tensor,
-    after: Tensor,
     rows: Tensor,
     processes: Processes = ALONE,
-    count: int = 6,
+    classes: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The images that were moved furthest, with their changes; of equally far ones the first in the set.
+    """The `COUNT` images that were moved furthest, with their changes; of equally far ones the first in the set.
 
     Args:
+        network: Gives the predictions, of these images only; left as it was found.
         x: Images (N, C, H, W) in [0, 1], with 1 or 3 channels, this process's part.
         y: Labels (N,).
         result: What became of them.
-        before: Classes predicted for the images, (N,); −1 where logits aren't finite.
-        after: Classes predicted for the moved images, (N,), likewise.
         rows: (N,), where the images stand in the whole set.
         processes: Hold the other parts.
-        count: How many.
+        classes: Names of the classes, by label.
 
     Returns:
-        For each `image`, `moved` and `change` (scaled to its largest value) as base64 PNG, `label`, `clean_prediction`,
-        `prediction` of the moved image, `radius`, how far it was moved, and `granted`, the radius that the attack gave
-        it, None where only the set is bounded.
+        For each `picture`, the image, the adversarial image and the change (scaled to its largest value) side by side
+        as a PNG; `label`, `clean_prediction`, `prediction` of the adversarial image, and with `classes` the `names` of
+        the three; `radius`, how far it was moved, and `granted`, the radius that the attack gave it, None where only
+        the set is bounded.
     """
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or x.shape[3] > LARGEST:
         return []
-    mine = _furthest(result.distances, rows, count)
+    mine = _furthest(result.distances, rows)
+    with undisturbed(network):
+        before, after = (predictions(forward(network, images[mine])) for images in (x, result.x_adv))
     granted = torch.full_like(result.distances, torch.nan) if result.radii is None else result.radii
-    members = (x, result.x_adv, y, before, after, granted, result.distances, rows)
-    parts = [processes.gather(part[mine]) for part in members]
-    first = _furthest(parts[-2], parts[-1], count)
+    members = [part[mine] for part in (x, result.x_adv, y, granted, result.distances, rows)]
+    parts = [processes.gather(part) for part in (*members, before, after)]
+    first = _furthest(parts[4], parts[5])
     found = []
-    for image, moved, label, clean, prediction, radius, distance, _ in zip(*(p[first] for p in parts), strict=True):
-        change = moved - image
-        scale = float(change.abs().max()) or 1.0
-        found.append(
-            {
-                "image": _png(image),
-                "moved": _png(moved),
-                "change": _png(0.5 + 0.5 * change / scale),
-                "label": int(label),
-                "clean_prediction": int(clean),
-                "prediction": int(prediction),
-                "radius": float(distance),
-                "granted": None if result.radii is None else float(radius),
-            }
-        )
+    for image, moved, label, radius, distance, _, clean, adversarial in zip(*(p[first] for p in parts), strict=True):
+        seen = [int(label), int(clean), int(adversarial)]
+        example = dict(zip(("label", "clean_prediction", "prediction"), seen, strict=True))
+        about: dict[str, Any] = {"picture": _png(image, moved), **example, "radius": float(distance)}
+        about["granted"] = None if result.radii is None else float(radius)
+        found.append(about | ({"names": [str(classes[k]) for k in seen]} if classes else {}))
     return found
 
 
-def _furthest(distances: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest distances, in decreasing order; equal ones in the order of the set."""
+def _furthest(distances: Tensor, rows: Tensor) -> Tensor:
+    """Indices of the `COUNT` largest distances, in decreasing order; equal ones in the order of the set."""
     ordered = rows.argsort()
-    return ordered[distances[ordered].argsort(descending=True, stable=True)][:count]
+    return ordered[distances[ordered].argsort(descending=True, stable=True)][:COUNT]
 
 
-def _png(image: Tensor) -> str:
-    pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+def _png(image: Tensor, moved: Tensor) -> bytes:
+    """An image, the moved image and the change between them, side by side."""
+    change = moved - image
+    gap = torch.ones_like(image[:, :, : max(1, image.shape[2] // 16)])
+    strip = torch.cat([image, gap, moved, gap, 0.5 + 0.5 * change / (float(change.abs().max()) or 1.0)], dim=2)
+    pixels = (strip.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -18,7 +18,7 @@ from wdat.attacks.base import NONFINITE, check_images
 from wdat.distributed import ALONE, Processes, together
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.batches import batches_of, members
-from wdat.evaluation.details import pictures
+from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
@@ -102,6 +102,7 @@ class Evaluator:
         processes: The processes that hold the other parts of the set.
         progress: Called with a label, steps done and steps in all.
         pictures: Whether records carry examples and histograms.
+        classes: Names of the classes, by label, for the examples.
         size: Images in the whole set, over all processes.
         rows: (N,), where this process's images stand in the whole set.
 
@@ -119,6 +120,7 @@ class Evaluator:
     processes: Processes = ALONE
     progress: Progress | None = None
     pictures: bool = False
+    classes: Sequence[str] | None = None
     size: int = field(init=False)
     rows: Tensor = field(init=False)
 
@@ -207,7 +209,8 @@ class Evaluator:
             values |= _taken(details)
         if self.pictures:
             images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
-            details |= pictures(self.network, *images, result, self.batch_size, *shared)
+            details["histogram"] = histogram(result.distances, processes=self.processes)
+            details["examples"] = examples(self.network, *images, result, *shared, self.classes)
         seconds = time.perf_counter() - started
         return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
 
@@ -284,6 +287,7 @@ def evaluate(
     processes: Processes = ALONE,
     progress: Progress | None = None,
     pictures: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> list[Record]:
     """Clean accuracy and accuracy under attacks that share one budget over the whole set.
 
@@ -305,6 +309,7 @@ def evaluate(
         processes: The processes that hold the other parts of the set.
         progress: Called with a label, steps done and steps in all.
         pictures: Whether records carry examples and histograms.
+        classes: Names of the classes, by label, for the examples.
 
     Returns:
         Clean records, one a loss, then one record for each attack and loss.
@@ -326,7 +331,7 @@ def evaluate(
     tensors = loader
     if not isinstance(tensors, ImageTensors):
         tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
-    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures)
+    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes)
     evaluator = Evaluator(network, tensors, batch_size, *about)
     evaluator.check(built, [threat], losses)
     return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]

@@ -24,14 +24,6 @@ from wdat.records import Record, RecordFile
 from wdat.threat import ThreatModel
 
 
-def signature(record: Record) -> tuple[Any, ...]:
-    """What makes two records the same measurement."""
-    options = tuple(sorted((k, str(v)) for k, v in record.options.items() if k != "batch_size"))
-    where = (record.network, record.checkpoint, record.data, record.split, record.seed, record.n)
-    what = (record.attack, options, record.loss, record.p, record.norm, round(record.delta, 12))
-    return (*where, record.weights, record.images, *what)
-
-
 class Session:
     """Records of one network on one set of images, in one folder.
 
@@ -50,7 +42,7 @@ class Session:
     def __init__(self, evaluator: Evaluator, results: RecordFile, folder: Path) -> None:
         self.evaluator, self.results, self.folder = evaluator, results, folder
         self._images = stored.digest(evaluator.images, evaluator.rows, evaluator.processes)[:16]
-        self._done = {signature(r) for r in results.records}
+        self._done = {r.key for r in results.records}
         with together(evaluator.processes):
             if any(self._of_other_weights(r) for r in results.records):
                 name = evaluator.facts.checkpoint or evaluator.facts.network
@@ -140,7 +132,7 @@ class Session:
             loss_mean=None, distance=0.0, seconds=0.0,
         )  # fmt: skip
         wanted = replace(wanted, network=network or wanted.network)
-        missing = float(self.evaluator.processes.rank == 0 and signature(self._with_images(wanted)) not in self._done)
+        missing = float(self.evaluator.processes.rank == 0 and self._with_images(wanted).key not in self._done)
         return bool(self.evaluator.processes.max(missing))
 
     def _with_images(self, record: Record) -> Record:
@@ -150,7 +142,7 @@ class Session:
         record = self._with_images(record)
         with together(self.evaluator.processes):
             self.results.add([record])
-        self._done.add(signature(record))
+        self._done.add(record.key)
 
     def _nearest(self, attack: Knapsack, norm: str) -> NearestAdversarial:
         """Nearest adversarial points: those left in the folder by an interrupted evaluation, else searched and kept."""

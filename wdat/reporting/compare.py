@@ -1,236 +1,192 @@
-"""Many runs compared: accuracies over seeds and paired differences to a baseline. Pure, from records only."""
+"""Many runs compared: accuracies over seeds, changes by training, and paired differences to a baseline."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from scipy.stats import t
 
-from wdat.errors import SettingError
-from wdat.records import Record
-from wdat.reporting.figures import budget_name
-from wdat.reporting.runs import Run, contradictions, measured
+from wdat.errors import SettingError, unknown
+from wdat.reporting.frame import STAGES, to_frame
+from wdat.reporting.runs import Run, contradictions
+from wdat.threat import parse_budget, parse_number
 
-STAGES = ("before", "after", "evaluate")
-FINAL = ("after", "evaluate", "before")  # what two arms are compared at: the first stage that both have
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean of values over seeds, each in [0, 1] or a difference of such.
-
-    Attributes:
-        sd: Standard deviation with n − 1 in the denominator; None for one value.
-        low, high: 95 % t-interval of the mean; None for one value.
-        seeds: Those that count, increasing.
-    """
-
-    mean: float
-    sd: float | None
-    low: float | None
-    high: float | None
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement of one arm's network.
-
-    Attributes:
-        records: By stage and seed.
-        settings: The attack's settings, where another row differs in nothing else.
-    """
-
-    arm: str
-    network: str
-    data: str
-    split: str
-    attack: str
-    loss: str
-    p: float
-    norm: str
-    delta: float
-    options: str
-    records: Mapping[str, Mapping[int, Record]]
-    settings: str = ""
-
-    @property
-    def measurement(self) -> tuple[Any, ...]:
-        """What rows of different arms share where they may be compared."""
-        return (self.data, self.split, self.attack, self.loss, self.p, self.norm, self.delta, self.options)
-
-    @property
-    def seeds(self) -> list[int]:
-        """Those of any stage."""
-        return sorted({seed for found in self.records.values() for seed in found})
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of images scored, of any stage and seed; more than one where runs differ."""
-        return sorted({r.n for found in self.records.values() for r in found.values()})
-
-    @property
-    def attack_name(self) -> str:
-        """The attack, its loss and its order."""
-        name = f"clean ({self.loss})" if self.attack == "none" else f"{self.attack} {self.loss}, W_{self.p:g}"
-        return name + (f" ({self.settings})" if self.settings else "")
-
-    @property
-    def budget(self) -> str:
-        """Norm and length."""
-        return self.norm if self.attack == "none" else f"{self.norm} {budget_name(self.delta, self.norm)}"
-
-    def over_seeds(self, stage: str) -> Spread | None:
-        """Accuracy at a stage; None where nothing was measured."""
-        found = self.records.get(stage, {})
-        return spread({seed: r.accuracy for seed, r in found.items()})
-
-    @property
-    def change(self) -> Spread | None:
-        """After minus before, of seeds that have both on the same number of images."""
-        return paired(self.records.get("after", {}), self.records.get("before", {}))
+MEASUREMENT = ["data", "split", "n", "norm", "delta", "attack", "name", "loss", "p", "threat", "budget", "options"]
+ROW = ["arm", "network", *MEASUREMENT]
+CHANGE, DIFFERENCE = "change", "minus baseline"
+FINAL = ("after", "evaluate", "before")  # what arms are compared at: the first stage that both have
+OF_ATTACKS = ("loss", "p", "norm", "delta", "options")  # filters by these leave clean rows alone
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of any number of runs.
+    """What runs found, over seeds.
 
     Attributes:
+        figures: One line a row and figure. A row is one arm, network, data set, number of images, attack, loss, budget
+            and setting of the attack (`ROW`); a `figure` is a stage, `change` (after minus before) or `minus baseline`.
+            `mean`, `sd` (n − 1 in its denominator), `low`, `high` (a 95 % t-interval over seeds, or of one seed the
+            bootstrap interval over images), `seeds` and `values`, in their order.
         baseline: The arm or network that the others are compared to, or `""`.
         notes: What a reader must know of single rows.
     """
 
-    rows: tuple[Row, ...]
+    figures: pd.DataFrame
     baseline: str = ""
     notes: tuple[str, ...] = ()
 
     @property
-    def arms(self) -> list[str]:
-        """In the order of the rows."""
-        return list(dict.fromkeys(row.arm for row in self.rows))
-
-    @property
     def stages(self) -> list[str]:
         """Those that occur."""
-        return [s for s in STAGES if any(s in row.records for row in self.rows)]
+        found = set(self.figures["figure"])
+        return [s for s in STAGES if s in found]
 
-    def reference(self, row: Row) -> Row | None:
-        """The baseline's row of the same measurement: of the same network (arm), or else the only one there is."""
-        same = [other for other in self.rows if other.measurement == row.measurement]
-        if self.baseline in self.arms:
-            of = [other for other in same if other.arm == self.baseline]
-            close = [other for other in of if other.network == row.network]
-        else:
-            of = [other for other in same if other.network == self.baseline]
-            close = [other for other in of if other.arm == row.arm]
-        chosen = close or of
-        return chosen[0] if len(chosen) == 1 else None
-
-    def difference(self, row: Row) -> tuple[str, Spread] | None:
-        """Stage, and accuracy minus the baseline's, paired by seed; None for the baseline and without pairs."""
-        other = self.reference(row)
-        if other is None or other is row:
-            return None
-        for stage in FINAL:
-            if stage in row.records and stage in other.records:
-                found = paired(row.records[stage], other.records[stage])
-                if found:
-                    return stage, found
-        return None
+    @property
+    def arms(self) -> list[str]:
+        """In the order of the rows."""
+        return list(self.figures["arm"].unique())
 
 
-def spread(values: Mapping[int, float]) -> Spread | None:
-    """Mean, standard deviation and 95 % t-interval of values by seed; None without values.
-
-    Example:
-        >>> found = spread({0: 0.5, 1: 0.7})
-        >>> round(found.mean, 3), round(found.sd, 3), round(found.low, 3), round(found.high, 3)
-        (0.6, 0.141, -0.671, 1.871)
-    """
-    if not values:
-        return None
-    seeds = tuple(sorted(values))
-    listed = [values[seed] for seed in seeds]
-    mean = statistics.fmean(listed)
-    if len(listed) == 1:
-        return Spread(mean, None, None, None, seeds)
-    sd = statistics.stdev(listed)
-    half = float(t.ppf(0.975, len(listed) - 1)) * sd / math.sqrt(len(listed))
-    return Spread(mean, sd, mean - half, mean + half, seeds)
-
-
-def paired(these: Mapping[int, Record], those: Mapping[int, Record]) -> Spread | None:
-    """Differences in accuracy of seeds that both have, on the same number of images; None where there are none."""
-    both = [seed for seed in these if seed in those and these[seed].n == those[seed].n]
-    return spread({seed: these[seed].accuracy - those[seed].accuracy for seed in both})
-
-
-def compare(runs: Sequence[Run], stages: Sequence[str] = STAGES, baseline: str | None = None) -> Comparison:
-    """The rows of runs: one an arm, network, data set, attack, loss, budget and setting of the attack.
+def compare(
+    runs: Sequence[Run],
+    stages: Sequence[str] = STAGES,
+    baseline: str | None = None,
+    filters: Mapping[str, Sequence[str]] | None = None,
+) -> Comparison:
+    """Accuracies of runs over seeds; of equal measurements of one arm and seed the latest counts.
 
     Args:
-        runs: With their arms; of equal measurements of one arm and seed the latest counts.
+        runs: With their arms.
         stages: Which stages are read.
         baseline: An arm, or a network.
+        filters: Values by column, as `wdat collect` takes them; rows with other values are left out.
 
     Raises:
-        SettingError: If no record is of these stages, or nothing is called as the baseline.
+        SettingError: If no record is left, or nothing is called as the baseline.
     """
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        for r in run.records:
-            if r.stage in stages:
-                key = (run.arm, r.network, *measured(r))
-                groups[key][r.stage][r.seed] = r
-    if not groups:
+    parts = [to_frame(run.records).assign(arm=run.arm) for run in runs]
+    frame = pd.concat([part.drop(columns=["epoch", "details"]) for part in parts], ignore_index=True)
+    frame = frame[frame["stage"].isin(stages)]
+    if frame.empty:
         raise SettingError(f"no record is of stage {', '.join(stages)}; let a run finish, or name others")
-    count: dict[tuple[Any, ...], int] = defaultdict(int)
-    for key in groups:
-        count[key[:-1]] += 1
-    rows = tuple(_row(key, found, count[key[:-1]] > 1) for key, found in groups.items())
-    if len({row.arm for row in rows}) > 1:  # what is to be compared stands together
-        places = {measurement: i for i, measurement in enumerate(dict.fromkeys(row.measurement for row in rows))}
-        rows = tuple(sorted(rows, key=lambda row: places[row.measurement]))
-    return Comparison(rows, _named(baseline, rows), tuple(_notes(rows, runs)))
+    frame = _filtered(frame, filters or {})
+    clean = frame["attack"] == "none"  # clean accuracy is the same whatever the loss and the norm
+    frame.loc[clean, ["loss", "norm", "options"]] = ""
+    frame.loc[clean, "p"] = 0.0
+    frame = frame.drop_duplicates([*ROW, "stage", "seed"], keep="last").rename(columns={"stage": "figure"})
+    rows = [*ROW, "figure"]
+    found = [over_seeds(frame, rows)]
+    after, before = (frame[frame["figure"] == stage] for stage in ("after", "before"))
+    found.append(_differences(after, before, [*ROW, "seed"], CHANGE))
+    named = _named(baseline, frame)
+    if named:
+        found += _to_baseline(frame, named)
+    figures = pd.concat([part for part in found if not part.empty], ignore_index=True)
+    return Comparison(_ordered(figures, frame), named, tuple(_notes(runs, frame)))
 
 
-def _named(baseline: str | None, rows: Sequence[Row]) -> str:
+def over_seeds(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation and 95 % interval of `accuracy` in each group, as `Comparison.figures` has them.
+
+    Args:
+        frame: With `accuracy`, `seed`, and where one seed has an interval of its own `accuracy_low`, `accuracy_high`.
+        by: The columns of a group.
+
+    Example:
+        >>> found = over_seeds(pd.DataFrame({"a": "x", "seed": [0, 1], "accuracy": [0.5, 0.7]}), ["a"])
+        >>> found[["mean", "sd", "low", "high"]].round(3).values.tolist()
+        [[0.6, 0.141, -0.671, 1.871]]
+    """
+    ends = {"accuracy_low": math.nan, "accuracy_high": math.nan}
+    groups = frame.assign(**{k: v for k, v in ends.items() if k not in frame}).sort_values("seed", kind="stable")
+    found = groups.groupby(list(by), sort=False, dropna=False).agg(
+        mean=("accuracy", "mean"), sd=("accuracy", "std"), count=("accuracy", "size"), low=("accuracy_low", "first"),
+        high=("accuracy_high", "first"), seeds=("seed", tuple), values=("accuracy", tuple),
+    )  # fmt: skip
+    half = t.ppf(0.975, np.maximum(found["count"] - 1, 1)) * found["sd"] / np.sqrt(found["count"])
+    several = found["count"] > 1
+    found["low"] = (found["mean"] - half).where(several, found["low"])
+    found["high"] = (found["mean"] + half).where(several, found["high"])
+    return found.reset_index()
+
+
+def _differences(these: pd.DataFrame, those: pd.DataFrame, on: Sequence[str], figure: str) -> pd.DataFrame:
+    """Differences in accuracy, paired by seed and of the same number of images, over seeds; each row is of `these`."""
+    pairs = these.merge(those[[*on, "accuracy"]], on=list(on), suffixes=("", "_other"))
+    pairs = pairs.assign(accuracy=pairs["accuracy"] - pairs["accuracy_other"], figure=figure)
+    return over_seeds(pairs[[*ROW, "figure", "seed", "accuracy"]], [*ROW, "figure"])
+
+
+def _to_baseline(frame: pd.DataFrame, baseline: str) -> list[pd.DataFrame]:
+    """Differences of all other rows at the first stage that both have: of the same network (arm) where it has many."""
+    kind, mate = ("arm", "network") if baseline in set(frame["arm"]) else ("network", "arm")
+    of = frame[kind] == baseline
+    on = [*MEASUREMENT, "figure", "seed"] + ([mate] if frame[of][mate].nunique() > 1 else [])
+    left = frame[~of]
+    found = []
+    for stage in FINAL:
+        here = _differences(left[left["figure"] == stage], frame[of], on, DIFFERENCE)
+        found.append(here)
+        left = left.merge(here[ROW], on=ROW, how="left", indicator=True).query("_merge == 'left_only'")
+        left = left.drop(columns="_merge")
+    return found
+
+
+def _named(baseline: str | None, frame: pd.DataFrame) -> str:
     """The arm or the network that is meant, whatever the spaces after its commas."""
     if baseline is None:
         return ""
-    names = list(dict.fromkeys([*(row.arm for row in rows), *(row.network for row in rows)]))
+    names = list(dict.fromkeys([*frame["arm"], *frame["network"]]))
     found = [name for name in names if name.replace(", ", ",") == baseline.replace(", ", ",")]
     if not found:
         known = "; ".join(f"'{name}'" for name in names[:16])
         raise SettingError(f"--baseline '{baseline}' names no arm and no network; there are {known}")
-    return found[0]
+    return str(found[0])
 
 
-def _row(key: tuple[Any, ...], found: Mapping[str, Mapping[int, Record]], several: bool) -> Row:
-    arm, network, data, split, attack, loss, p, norm, delta, options = key
-    settings = options if several else ""
-    return Row(arm, network, data, split, attack, loss, p, norm, delta, options, found, settings)
+def _filtered(frame: pd.DataFrame, filters: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    columns = ["arm", "stage", "network", "checkpoint", "data", "split", "n", "seed", "attack", *OF_ATTACKS]
+    readers: Mapping[str, Callable[[str], Any]] = {
+        "delta": lambda text: parse_budget(text, "delta"), "p": lambda text: parse_number(text, "p"),
+        "n": lambda text: parse_number(text, "n"), "seed": lambda text: parse_number(text, "seed"),
+        "attack": lambda text: "none" if text == "clean" else text,
+    }  # fmt: skip
+    kept = pd.Series(True, index=frame.index)
+    for column, texts in filters.items():
+        if column not in columns:
+            raise unknown("filter", column, columns, f"{column}={','.join(texts)}")
+        values = [readers.get(column, str)(text) for text in texts]
+        if column == "delta":
+            chosen = frame["delta"].map(lambda own: any(math.isclose(own, value, rel_tol=1e-6) for value in values))  # noqa: B023
+        else:
+            chosen = frame[column].isin(values)
+        kept &= chosen | ((frame["attack"] == "none") if column in OF_ATTACKS else False)
+        if not kept.any():
+            known = ", ".join(map(str, frame[column].unique()[:12]))
+            raise SettingError(f"{column}={','.join(texts)} leaves no record; there are {known}")
+    return frame[kept].copy()
 
 
-def _notes(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+def _ordered(figures: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Clean rows first, budgets increasing, attacks and arms as they first occur, arms beside each other."""
+    rank = {c: {v: i for i, v in enumerate(frame[c].unique())} for c in ("arm", "network", "data", "split", "name")}
+    ranks = {f"_{c}": figures[c].map(places) for c, places in rank.items()}
+    by = ["_data", "_split", "n", "norm", "delta", "_name", "p", "options", "_network", "_arm"]
+    return figures.assign(**ranks).sort_values(by, kind="stable")[figures.columns].reset_index(drop=True)
+
+
+def _notes(runs: Sequence[Run], frame: pd.DataFrame) -> list[str]:
     notes = []
     for arm in dict.fromkeys(run.arm for run in runs):
         twice = contradictions(runs, arm)
         if twice:
-            notes.append(f"Several runs of {arm} have the seed {_listed(twice)}: the one read last counts.")
-    uneven = [row for row in rows if len(row.sizes) > 1]
-    if uneven:
-        notes.append("n with a range: runs of that row scored different numbers of images. Their mean mixes test sets; "
-                     "differences are of seeds with equal numbers only.")  # fmt: skip
-    if any({tuple(sorted(found)) for found in row.records.values()} != {tuple(row.seeds)} for row in rows):
-        notes.append("(n = k) behind a figure: only k of the row's seeds have it.")
+            seeds = ", ".join(map(str, twice))
+            notes.append(f"Several runs of {arm} have the seed {seeds}: the one read last counts.")
+    if (frame.groupby(["data", "split", "n"])["images"].nunique() > 1).any():
+        notes.append("Runs on equally many images of one data set scored different images: their rows mix them.")
     return notes
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -10,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from wdat.records import Record
-from wdat.reporting.figures import budget_name, order_name
+from wdat.records import EXAMPLES, Record, budget_name
+from wdat.reporting.frame import having, paired, to_frame
+from wdat.reporting.report import classes, picture
+from wdat.reporting.runs import SECRET
+from wdat.reporting.tables import Grid, before_after, markdown
 
 OF_SETS = ("acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance")
 METRICS = {  # group: names, the same with every logger
@@ -29,16 +32,6 @@ METRICS = {  # group: names, the same with every logger
 }  # fmt: skip
 AXES = {"train": "trainer/global_step", "val": "epoch", "test": "trainer/global_step", "cost": "trainer/global_step"}
 FILES = ("records.json", "report.html", "curve.png")
-SECRET = re.compile(r"(api_?key|token|passwd|password|secret|credentials?)$", re.IGNORECASE)
-BEFORE_AFTER = [
-    "attack", "loss", "kind", "budget", "delta", "images", "before", "before_low", "before_high", "after", "after_low",
-    "after_high", "change",
-]  # fmt: skip
-EXAMPLES = [
-    "attack", "budget", "image", "adversarial", "difference", "radius", "distance", "label", "clean_prediction",
-    "prediction",
-]  # fmt: skip
-PICTURES = {"image": "image", "adversarial": "moved", "difference": "change"}  # column: its key in a record's examples
 
 
 @rank_zero_only
@@ -106,49 +99,30 @@ def _without_secrets(value: Any) -> Any:
     return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
-def before_after(records: Sequence[Record]) -> list[list[Any]]:
-    """Rows of the table `BEFORE_AFTER`: accuracies in [0, 1] on the test set, None where a stage wasn't measured."""
-    found: dict[tuple[str, str, float, float], dict[str, Record]] = {}
-    for r in records:
-        if r.split == "test" and r.stage in ("before", "after"):
-            found.setdefault((r.attack, r.loss, r.p, r.delta), {})[r.stage] = r
-    rows = []
-    for stages in found.values():
-        before, after = stages.get("before"), stages.get("after")
-        r = next(iter(stages.values()))
-        clean = r.attack == "none"
-        what = ["clean", r.loss, "–", "–"] if clean else [r.attack, r.loss, order_name(r.p), _budget(r)]
-        change = after.accuracy - before.accuracy if before and after else None
-        rows.append([*what, r.delta, r.n, *_interval(before), *_interval(after), change])
-    return rows
+def examples(records: Sequence[Record], folder: Path) -> pd.DataFrame:
+    """Images that each attack on the test set moved furthest at the last stage.
 
+    Args:
+        records: Those of a run.
+        folder: Its folder, where their pictures are.
 
-def _budget(r: Record) -> str:
-    return budget_name(r.delta, r.norm)
-
-
-def _interval(r: Record | None) -> tuple[float | None, ...]:
-    return (None, None, None) if r is None else (r.accuracy, r.accuracy_low, r.accuracy_high)
-
-
-def examples(records: Sequence[Record]) -> list[list[Any]]:
-    """Rows of the table `EXAMPLES`: images that each attack on the test set moved furthest after training.
-
-    Pictures are PIL images. The radius is the one that the attack granted the image, None where only the whole set is
-    bounded; the distance is how far the image was moved, both in pixel units.
+    Returns:
+        Columns `attack, threat, budget, picture, radius, distance, classes`: the picture, a PIL image, has image,
+        adversarial image and change side by side; the radius is the one that the attack granted the image, None where
+        only the whole set is bounded; the distance is how far the image was moved.
     """
-    having = [r for r in records if r.split == "test" and r.details.get("examples")]
-    last = "after" if any(r.stage == "after" for r in having) else "before"
-    chosen = {(r.attack, r.loss, r.delta): r for r in having if r.stage == last}
-    return [
-        [f"{r.attack} ({order_name(r.p)}, {r.loss})", _budget(r), *(_picture(e[key]) for key in PICTURES.values()),
-         e.get("granted"), e["radius"], e["label"], e.get("clean_prediction"), e["prediction"]]
-        for r in chosen.values() for e in r.details["examples"]
-    ]  # fmt: skip
-
-
-def _picture(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    frame = to_frame(records)
+    frame = frame[(frame["split"] == "test") & having(frame, EXAMPLES)]
+    last = frame[frame["stage"] == ("after" if (frame["stage"] == "after").any() else "before")]
+    rows = []
+    for r in last.itertuples():
+        for example in r.details[EXAMPLES]:
+            content = picture(example, folder)
+            if content is not None:
+                shown = Image.open(io.BytesIO(content)).convert("RGB")
+                lengths = (budget_name(example.get(key), r.norm, r.delta) for key in ("granted", "radius"))
+                rows.append([r.name, r.threat, r.budget, shown, *lengths, classes(example)])
+    return pd.DataFrame(rows, columns=["attack", "threat", "budget", "picture", "radius", "distance", "classes"])
 
 
 def _to_wandb(
@@ -156,12 +130,13 @@ def _to_wandb(
 ) -> None:
     import wandb
 
-    shown: dict[str, Any] = {"results/before_after": wandb.Table(columns=[*BEFORE_AFTER], data=before_after(records))}
+    shown: dict[str, Any] = {"results/before_after": wandb.Table(dataframe=paired(to_frame(records)))}
     if (run / "curve.png").exists():
         shown["results/accuracy_against_budget"] = wandb.Image(str(run / "curve.png"))
-    if rows := examples(records):
-        media = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
-        shown["results/adversarial_examples"] = wandb.Table(columns=[*EXAMPLES], data=media)
+    table = examples(records, run)
+    if len(table):
+        table["picture"] = table["picture"].map(wandb.Image)
+        shown["results/adversarial_examples"] = wandb.Table(columns=[*table.columns], data=table.to_numpy().tolist())
     logger.experiment.log({**shown, "trainer/global_step": step})
     results = wandb.Artifact(f"results-{logger.experiment.id}", type="results")
     for name in FILES:
@@ -175,29 +150,14 @@ def _to_wandb(
 
 
 def _to_tensorboard(writer: Any, records: Sequence[Record], run: Path, step: int) -> None:
-    writer.add_text("results/before_after", _markdown(BEFORE_AFTER, before_after(records)), step)
+    writer.add_text("results/before_after", markdown(before_after(records)), step)
     if (run / "curve.png").exists():
-        picture = np.asarray(Image.open(run / "curve.png").convert("RGB"))
-        writer.add_image("results/accuracy_against_budget", picture, step, dataformats="HWC")
-    if rows := examples(records):
-        sheet = np.concatenate([np.concatenate([np.asarray(cell) for cell in _images(row)], 1) for row in rows], 0)
+        curve = np.asarray(Image.open(run / "curve.png").convert("RGB"))
+        writer.add_image("results/accuracy_against_budget", curve, step, dataformats="HWC")
+    table = examples(records, run)
+    if len(table):
+        sheet = np.concatenate([np.asarray(shown) for shown in table["picture"]])
         writer.add_image("results/adversarial_examples", sheet, step, dataformats="HWC")
-        plain = [name for name in EXAMPLES if name not in PICTURES]
-        data = [[cell for cell in row if not isinstance(cell, Image.Image)] for row in rows]
-        writer.add_text("results/adversarial_examples", _markdown(plain, data), step)
+        text = markdown(Grid(table.drop(columns="picture")))
+        writer.add_text("results/adversarial_examples", text, step)
     writer.flush()
-
-
-def _images(row: Sequence[Any]) -> list[Image.Image]:
-    return [cell for cell in row if isinstance(cell, Image.Image)]
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

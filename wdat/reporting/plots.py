@@ -4,30 +4,66 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+BACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402  # a script that a notebook starts inherits the name of a backend that it may lack
 
-from wdat.records import Record
-from wdat.reporting.figures import ESTIMATE, Group, budget_name, groups, order_name
-from wdat.terminal import printable
+if BACKEND is not None:
+    os.environ["MPLBACKEND"] = BACKEND
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = BACKEND
 
-INK = {"before": "#8a8a8a", "after": "#1f5fa8"}
-COLOURS = {  # Okabe and Ito's, told apart by colour-blind readers too
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from matplotlib import style  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from wdat.records import Record, budget_name, in_255ths  # noqa: E402
+from wdat.reporting.frame import Section, having, loss_name, order_name, sections, title_of, to_frame  # noqa: E402
+from wdat.terminal import printable  # noqa: E402
+
+STYLE = Path(__file__).with_name("wdat.mplstyle")
+COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
     "knapsack": "#d55e00", "certified": "#882255", "wpgd": "#0072b2", "wfgsm": "#56b4e9", "wpgd_budget": "#cc79a7",
-    "pgd": "#009e73", "fgsm": "#7a7a7a", "autoattack": "#000000",
+    "pgd": "#009e73", "fgsm": "#7a7a7a", "autoattack": "#000000", "none": "#222222",
 }  # fmt: skip
-DASHES = ("-", "--", "-.", (0, (1, 1.2)))
-SIZE = (4.8, 3.7)
-LONGEST = 80  # characters of a label
-FONT: dict[Any, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "wdat"}
+OTHER = "#5b4b9a"  # an attack of the user's own
+NORMS = {"linf": "l∞", "l2": "l₂"}
+MARKERS = "osD^v"
+GUESS = "x"  # the marker of first-order estimates
+SIZE = (4.6, 3.5)
+LONGEST = 70  # characters of a label
+ALIKE = 0.005  # accuracies that no picture can tell apart
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """The one style of all pictures, wherever a figure is made or drawn."""
+    with style.context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names may be in any script
+        yield
+
+
+def new_axes(axes: Axes | None = None, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes in the house style, or the figure of the axes given."""
+    if axes is not None:
+        figure = axes.figure
+        assert isinstance(figure, Figure)
+        return figure, axes
+    with house_style():
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.add_subplot()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -35,14 +71,9 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
         path.write_text(to_svg(figure) + "\n", encoding="utf-8")
-    else:
-        _draw(figure, path, dpi=150)
-
-
-def _draw(figure: Figure, out: Any, **options: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names may be in any script
-        figure.savefig(out, **options)
+        return
+    with house_style():
+        figure.savefig(path)
 
 
 def to_svg(figure: Figure, prefix: str = "", title: str = "") -> str:
@@ -54,182 +85,244 @@ def to_svg(figure: Figure, prefix: str = "", title: str = "") -> str:
         title: What a screen reader says.
     """
     out = io.StringIO()
-    with matplotlib.rc_context(FONT):
-        _draw(figure, out, format="svg", metadata={"Date": None, "Creator": None})
+    with house_style():
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     if prefix:
         svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    label = f' role="img" aria-label="{_attribute(title)}"' if title else ""
-    return svg.replace("<svg", f"<svg{label}", 1).strip()
+    for character, entity in {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}.items():
+        title = title.replace(character, entity)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"' if title else "<svg", 1).strip()
 
 
-def accuracy_curves(group: Group) -> Figure:
-    """Accuracy against δ: attacks, the knapsack's whole curve, certified bounds and the first-order estimate.
+def accuracy_against_budget(records: Sequence[Record], path: Path) -> None:
+    """Write the picture of a run's or an evaluation's main result, the first network, norm and order of its test set.
 
     Args:
-        group: Records of one network, set of images, norm and order. Earlier stages are drawn paler.
+        records: Of any stage; those of stage `epoch` aren't drawn.
+        path: The PNG to write; empty axes where nothing was measured.
     """
-    figure, axes = new_axes()
-    scale, unit = unit_of(group.norm)
-    reach = 1.15 * scale * (max(group.deltas, default=0.0) or 1 / 255)
-    losses = sorted({r.loss for r in group.records})
-    for stage in group.stages:
-        several = f", {stage}" if len(group.stages) > 1 else ""
-        pale = 0.45 if stage == "before" else 1.0
-        clean = group.clean(stage)
-        lines: dict[tuple[str, str, float], list[Record]] = {}
-        for r in sorted(group.attacked(stage), key=lambda r: (r.delta, r.accuracy)):
-            line = lines.setdefault((r.attack, r.loss, r.p), [])
-            if not (line and line[-1].delta == r.delta):  # of several settings the strongest
-                line.append(r)
-        for (attack, loss, p), points in lines.items():
-            style: dict[str, Any] = {"color": COLOURS.get(attack, "#5b4b9a"), "alpha": pale}
-            kind = "" if attack == "certified" and p == group.p else f" ({order_name(p)})"
-            if any(r.details.get("curve") for r in points):  # the knapsack, and certified radii
-                name = f"{attack}{kind}{', lower bound' if attack == 'certified' else ''}{several}"
-                _knapsack(axes, points, scale, p, style | {"label": name})
-                continue
-            line = ([clean] if clean else []) + points
-            _band(axes, line, scale, style)
-            dash = DASHES[losses.index(loss) % len(DASHES)]
-            x, y = [scale * r.delta for r in line], [100 * r.accuracy for r in line]
-            name = f"{attack} {loss}{kind}{several}"
-            axes.plot(x, y, linestyle=dash, lw=1.3, marker="o", ms=3, label=plain(name), **style)
-        for loss in losses:
-            found = [(d, v) for of, d, v in group.estimates(stage) if of == loss]
-            if found:
-                start = [(0.0, clean.accuracy)] if clean else []
-                xs, ys = np.array(start + found).T
-                mark = "dxv^"[losses.index(loss) % 4]
-                name = f"{ESTIMATE}, {loss}{several}"
-                axes.plot(scale * xs, 100 * ys, ":", marker=mark, ms=4, color="#444444", alpha=pale, label=plain(name))
-        if clean:
-            axes.plot([0], [100 * clean.accuracy], "o", ms=4, color="#222222", alpha=pale, clip_on=False)
-    axes.set(
-        xlim=(0, reach), ylim=(0, 100), xlabel=plain(f"budget δ{unit}, {group.norm}"), ylabel="accuracy in percent"
-    )
-    legend_below(figure, axes)
+    found = sections(to_frame(records))
+    best = [s for s in found if s.split == "test" and not s.attacked.empty] or found
+    save(accuracy_curves(best[0]) if best else new_axes()[0], path)
+
+
+class Points(NamedTuple):
+    """Accuracies of one attack at the budgets it was run at."""
+
+    label: str
+    colour: str
+    marker: str
+    pale: bool
+    rows: pd.DataFrame
+
+
+@house_style()
+def accuracy_curves(section: Section, axes: Axes | None = None) -> Figure:
+    """Accuracy against δ: whole curves of the knapsack and of certified radii, points with intervals for the others.
+
+    Args:
+        section: Records of one network, set of images, norm and order. Before training is drawn paler.
+        axes: Where to draw; None makes a figure.
+    """
+    figure, axes = new_axes(axes)
+    scale, unit = unit_of(section.norm, section.deltas)
+    reach = 1.2 * (max(section.deltas, default=0.0) or 1 / 255)
+    points: list[Points] = []
+    for stage in section.stages:
+        pale, when = stage == "before", f", {stage}" if len(section.stages) > 1 else ""
+        rows = section.attacked[section.attacked["stage"] == stage]
+        curved = having(rows, "curve")
+        ends: dict[str, NDArray[Any]] = {}
+        grid = np.linspace(0, reach, 600)
+        for (attack, p, bound), own in rows[curved].groupby(["attack", "p", "bound"], sort=False):
+            label = f"{attack}, {order_name(p)}{', lower bound' if bound == 'lower' else ''}{when}"
+            look: dict[str, Any] = {"color": _colour(attack), "alpha": 0.5 if pale else 1}
+            accuracy = on_curve(own["details"].iloc[-1]["curve"], p, grid)
+            ends |= {bound: accuracy} if p == section.p else {}
+            axes.plot(scale * grid, 100 * accuracy, ls="--" if pale else "-", label=plain(label), lw=1.8, **look)
+            _intervals(axes, own, scale, 0.0, fmt="s", ms=4, mfc="white" if pale else None, **look)
+        if len(ends) == 2:
+            words = f"between certified and knapsack{when}"
+            band: dict[str, Any] = {"color": COLOURS["certified"], "alpha": 0.05 if pale else 0.12, "lw": 0}
+            axes.fill_between(scale * grid, 100 * ends["lower"], 100 * ends["upper"], label=plain(words), **band)
+        points += _points(section, stage, rows[~curved], when)
+    for number, (label, colour, marker, pale, rows) in enumerate(drawn := _together(points)):
+        offset = 0.007 * scale * reach * (number - (len(drawn) - 1) / 2) if label != "clean" else 0.0
+        look = {"color": colour, "mfc": "white" if pale else colour, "alpha": 0.65 if pale else 1}
+        _intervals(axes, rows, scale, offset, fmt=marker, label=plain(label), **look)
+    axes.set(xlim=(-0.02 * scale * reach, scale * reach), ylim=(0, 100), ylabel="accuracy in percent")
+    axes.set_xlabel(plain(f"budget δ{unit}, {NORMS.get(section.norm, section.norm)}"))
+    _finish(figure, axes, section.rows)
     return figure
 
 
-def radius_histogram(records: Sequence[Record]) -> Figure | None:
+def _points(section: Section, stage: str, rows: pd.DataFrame, when: str) -> list[Points]:
+    """Clean images, attacks that were run at single budgets, and first-order estimates above zero."""
+    clean = section.rows[(section.rows["stage"] == stage) & (section.rows["attack"] == "none")].head(1)
+    pale = stage == "before"
+    found = [Points(f"clean{when}", COLOURS["none"], "o", pale, clean)]
+    losses = sorted(section.rows["loss"].unique())
+    for (name, attack, loss, threat), own in rows.groupby(["name", "attack", "loss", "threat"], sort=False):
+        strongest = own.sort_values("accuracy").drop_duplicates("delta").sort_values("delta")  # of several settings
+        marker = MARKERS[losses.index(loss) % len(MARKERS)]
+        found.append(Points(f"{name}, {threat}{when}", _colour(attack), marker, pale, strongest))
+    guesses = pd.DataFrame(section.estimates(), columns=["stage", "loss", "delta", "accuracy"])
+    for loss, own in guesses[(guesses["stage"] == stage) & (guesses["accuracy"] > 0)].groupby("loss"):
+        label = f"first-order estimate, {loss_name(loss)}{when}"
+        found.append(Points(label, "#555555", GUESS, pale, own.assign(accuracy_low=np.nan, accuracy_high=np.nan)))
+    return [p for p in found if not p.rows.empty]
+
+
+def _together(points: Sequence[Points]) -> list[Points]:
+    """Attacks whose accuracies a picture can't tell apart become one, and its name says so."""
+    kept: list[Points] = []
+    for own in points:
+        mine = own.rows.set_index("delta")["accuracy"].sort_index()
+        for i, other in enumerate(kept) if own.marker != GUESS else ():
+            theirs = other.rows.set_index("delta")["accuracy"].sort_index()
+            if mine.index.equals(theirs.index) and (mine - theirs).abs().max() < ALIKE and other.pale == own.pale:
+                kept[i] = other._replace(label=f"{other.label} ≈ {own.label}")
+                break
+        else:
+            kept.append(own)
+    return kept
+
+
+def _intervals(axes: Axes, rows: pd.DataFrame, scale: float, offset: float, **look: Any) -> None:
+    """Points with their 95 % intervals, a little beside their budget where several stand there."""
+    y = 100 * rows["accuracy"].to_numpy()
+    ends = 100 * rows[["accuracy_low", "accuracy_high"]].to_numpy(dtype=float).T
+    off = np.maximum([y - ends[0], ends[1] - y], 0)
+    axes.errorbar(scale * rows["delta"] + offset, y, None if np.isnan(off).any() else off, elinewidth=1, **look)
+
+
+def on_curve(curve: Sequence[Sequence[float]], p: float, deltas: NDArray[Any]) -> NDArray[Any]:
+    """Accuracies at budgets from a knapsack's curve: linear in δ^p between its points, a staircase at p = inf."""
+    budgets, accuracy = np.array(curve, dtype=float).T
+    if math.isinf(p):
+        rows = np.searchsorted(budgets, deltas, side="right") - 1
+        return np.asarray(accuracy[np.maximum(rows, 0)])
+    largest = budgets[-1] or 1.0  # so that no power underflows
+    return np.asarray(np.interp((deltas / largest) ** p, (budgets / largest) ** p, accuracy))
+
+
+@house_style()
+def radius_histogram(rows: pd.DataFrame) -> Figure | None:
     """How far images were moved, for several attacks with one budget; densities, because their bins differ.
 
     Args:
-        records: Of one norm; those without a histogram are passed over.
+        rows: Of one norm, as `to_frame` makes them; those without a histogram are passed over.
 
     Returns:
-        None if no record has a histogram.
+        None if no row has a histogram.
     """
-    kept = [r for r in records if (r.details.get("histogram") or {}).get("counts")]
+    kept = [r for r in rows.itertuples() if (r.details.get("histogram") or {}).get("counts")]
     if not kept:
         return None
     figure, axes = new_axes()
-    scale, unit = unit_of(kept[0].norm)
+    delta, norm = float(kept[0].delta), kept[0].norm
+    scale, unit = unit_of(norm, [delta])
+    far, floor, reach = 0.0, 1.0, 4 * scale * max(delta, 1e-9)
     for r in kept:
         edges = scale * np.array(r.details["histogram"]["edges"], dtype=float)
         counts = np.array(r.details["histogram"]["counts"], dtype=float)
-        colour = COLOURS.get(r.attack, "#5b4b9a")
+        width = max(edges[1] - edges[0], 1e-12)
+        far, floor = max(far, edges[-1]), min(floor, 0.5 / width) if far else 0.5 / width
         density = np.where(counts > 0, counts / np.maximum(np.diff(edges), 1e-12), np.nan)
-        name = plain(f"{r.attack} ({order_name(r.p)}, {r.loss})")
-        axes.stairs(density, edges, fill=True, color=colour, alpha=0.25, baseline=1e-3)
-        axes.stairs(density, edges, color=colour, lw=1.2, label=name, baseline=1e-3)
-        critical = r.details.get("critical_distance")
+        look: dict[str, Any] = {"color": _colour(r.attack), "baseline": 1e-3}
+        axes.stairs(density, edges, fill=True, alpha=0.25, **look)
+        axes.stairs(density, edges, lw=1.2, label=plain(f"{r.name}, {r.threat}"), **look)
+        critical = float(r.details.get("critical_distance") or 0)
         if critical:
-            axes.axvline(scale * critical, color=colour, ls="--", lw=1, label=f"d* = {budget_name(critical, r.norm)}")
-    axes.axvline(scale * kept[0].delta, color="#222222", ls=":", lw=1, label=f"δ = {_delta(kept[0])}")
-    far = scale * max(r.details["histogram"]["edges"][-1] for r in kept)
-    reach = 4 * scale * max(kept[0].delta, *(float(r.details.get("critical_distance") or 0) for r in kept), 1e-9)
+            label = f"d* = {budget_name(critical, norm, delta)}"
+            axes.axvline(scale * critical, color=_colour(r.attack), ls="--", lw=1, label=label)
+            reach = max(reach, 4 * scale * critical)
+    axes.axvline(scale * delta, color="#222222", ls=":", lw=1, label=f"δ = {budget_name(delta, norm)}")
     if far > reach:
-        axes.text(
-            0.99, 0.98, f"some further, up to {far:.3g} →", ha="right", va="top", transform=axes.transAxes, size=8
-        )
-    axes.set(yscale="log", ylim=(0.5 * _smallest(kept, scale), None), xlim=(0, min(far, reach)))
-    axes.set(
-        xlabel=plain(f"distance moved{unit}, {kept[0].norm}"),
-        ylabel=f"images per {'1/255' if scale == 255 else 'unit'}",
-    )
-    legend_below(figure, axes)
+        words = f"some further, up to {far:.3g} →"
+        axes.text(0.99, 0.98, words, ha="right", va="top", transform=axes.transAxes, size=8)
+    axes.set(yscale="log", ylim=(floor, None), xlim=(0, 1.03 * min(far, reach)))
+    axes.set_xlabel(plain(f"distance moved{unit}, {NORMS.get(norm, norm)}"))
+    axes.set_ylabel(f"images per {'1/255' if scale == 255 else 'unit of distance'}")
+    _finish(figure, axes, rows)
     return figure
 
 
-def accuracy_against_effort(records: Sequence[Record]) -> Figure | None:
-    """What is left after each stage of the knapsack's search, against its cost; None if no record says."""
-    kept = [r for r in records if r.details.get("effort")]
+@house_style()
+def accuracy_against_effort(rows: pd.DataFrame) -> Figure | None:
+    """What is left after each stage of the knapsack's search, against its cost; None if no row says."""
+    kept = [r for r in rows.itertuples() if r.details.get("effort")]
     if not kept:
         return None
     figure, axes = new_axes()
     for number, r in enumerate(kept):
         passes, accuracy = np.array(r.details["effort"], dtype=float).T
-        pale = 0.45 if r.stage == "before" else 1.0
-        name = f"{order_name(r.p)}, δ = {_delta(r)}{f', {r.stage}' if r.stage != 'evaluate' else ''}"
-        dash, mark = DASHES[number % len(DASHES)], "osd^v"[number % 5]
-        style: dict[str, Any] = {"color": COLOURS["knapsack"], "alpha": pale, "linestyle": dash, "marker": mark}
-        axes.plot(passes, 100 * accuracy, ms=4, label=plain(name), **style)
-    axes.set(xlim=(0, None), ylim=(0, 100), xlabel="gradient passes an image", ylabel="accuracy in percent")
-    legend_below(figure, axes)
+        label = f"{r.threat}, δ = {r.budget}{'' if r.stage == 'evaluate' else f', {r.stage}'}"
+        look: dict[str, Any] = {"alpha": 0.5 if r.stage == "before" else 1, "ls": ("-", "--", "-.", ":")[number % 4]}
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(passes, 100 * accuracy, color=COLOURS["knapsack"], marker=marker, label=plain(label), **look)
+    top = 140 * max(max(a for _, a in r.details["effort"]) for r in kept)
+    axes.set(
+        xlim=(0, None),
+        ylim=(0, min(100, top) or 1),
+        xlabel="passes of the search per image",
+        ylabel="accuracy in percent",
+    )
+    _finish(figure, axes, rows)
     return figure
 
 
-def new_axes() -> tuple[Figure, Axes]:
-    """A figure with one pair of axes in the house style."""
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot()
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+@house_style()
+def accuracy_over_epochs(frame: pd.DataFrame) -> Figure:
+    """Accuracy after each epoch, clean and under each attack and budget, 95 % intervals over images as bands.
+
+    Args:
+        frame: Rows of stage `epoch` of one run, as `to_frame` makes them.
+    """
+    figure, axes = new_axes()
+    deltas = sorted(d for d in frame["delta"].unique() if d)
+    for (name, attack, threat, delta), own in frame.groupby(["name", "attack", "threat", "delta"], sort=False):
+        points = own.sort_values("epoch").drop_duplicates("epoch", keep="last")
+        x, colour = points["epoch"].astype(int), _colour(attack)
+        label = name if attack == "none" else f"{name}, {threat}, δ = {points['budget'].iloc[0]}"
+        axes.fill_between(x, 100 * points["accuracy_low"], 100 * points["accuracy_high"], color=colour, alpha=0.1, lw=0)
+        dash = ("-", "--", "-.", ":")[deltas.index(delta) % 4] if delta else "-"
+        axes.plot(x, 100 * points["accuracy"], ls=dash, color=colour, marker="o", ms=3.5, label=plain(label))
+    axes.set(ylim=(0, 100), xlabel="epoch")
+    axes.set_ylabel(plain(f"accuracy on {frame['split'].iloc[0]} in percent"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(figure, axes, frame)
+    return figure
+
+
+def _finish(figure: Figure, axes: Axes, rows: pd.DataFrame) -> None:
+    """A title that says what was measured, and the legend."""
+    axes.set_title(_short(title_of(rows)), parse_math=False)
+    legend_below(figure, axes)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Below the axes, with room of its own."""
     names = axes.get_legend_handles_labels()[1]
-    if not names:
+    if not names or len(figure.axes) > 1:
         return
-    columns = 2 if max(map(len, names)) <= 36 else 1
-    figure.set_size_inches(SIZE[0], SIZE[1] + 0.18 * math.ceil(len(names) / columns))
-    figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.5, columnspacing=1.2
-    )
+    columns = 2 if max(map(len, names)) <= 38 else 1
+    width, height = figure.get_size_inches()
+    with house_style():
+        figure.set_size_inches(width, height + 0.19 * math.ceil(len(names) / columns))
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4, columnspacing=1.2)
 
 
-def _knapsack(axes: Axes, points: Sequence[Record], scale: float, p: float, style: dict[str, Any]) -> None:
-    """The whole curve, linear in δ^p between its points (constant at p = inf), and measured points with intervals."""
-    budgets, accuracy = np.array([r.details["curve"] for r in points if r.details.get("curve")][-1], dtype=float).T
-    name = plain(style.pop("label"))
-    if math.isinf(p):
-        axes.step(scale * budgets, 100 * accuracy, where="post", lw=2, label=name, **style)
-    else:
-        share = np.linspace(0, 1, 9)[:-1]
-        largest = budgets[-1] or 1.0
-        powers = (budgets / largest) ** p
-        x = np.append((powers[:-1, None] + share * np.diff(powers)[:, None]).ravel(), powers[-1])
-        y = np.append((accuracy[:-1, None] + share * np.diff(accuracy)[:, None]).ravel(), accuracy[-1])
-        axes.plot(scale * largest * x ** (1 / p), 100 * y, lw=2, label=name, **style)
-    heights = np.array([[r.accuracy, r.accuracy_low, r.accuracy_high] for r in points]).T * 100
-    off = np.maximum([heights[0] - heights[1], heights[2] - heights[0]], 0)
-    axes.errorbar([scale * r.delta for r in points], heights[0], off, fmt="s", ms=4, capsize=2.5, lw=1.2, **style)
+def unit_of(norm: str, deltas: Sequence[float]) -> tuple[float, str]:
+    """What lengths are multiplied with on an axis, as their budgets are written, and how the axis says so."""
+    in_fractions = norm == "linf" and all(in_255ths(delta) for delta in deltas if delta)
+    return (255.0, " in 1/255") if in_fractions else (1.0, " in pixel units")
 
 
-def _band(axes: Axes, records: Sequence[Record], scale: float, style: dict[str, Any]) -> None:
-    low, high = [100 * r.accuracy_low for r in records], [100 * r.accuracy_high for r in records]
-    axes.fill_between([scale * r.delta for r in records], low, high, color=style["color"], alpha=0.08, linewidth=0)
-
-
-def _smallest(records: Sequence[Record], scale: float) -> float:
-    """The smallest height that one image gives."""
-    widths = [scale * (r.details["histogram"]["edges"][1] - r.details["histogram"]["edges"][0]) for r in records]
-    return float(1 / max(*widths, 1e-12))
-
-
-def unit_of(norm: str) -> tuple[float, str]:
-    """What a length is multiplied with on an axis, and how the axis says so."""
-    return (255.0, " in units of 1/255") if norm == "linf" else (1.0, " in pixel units")
-
-
-def _delta(record: Record) -> str:
-    return budget_name(record.delta, record.norm)
+def _colour(attack: str) -> str:
+    return COLOURS.get(attack, OTHER)
 
 
 def plain(text: str) -> str:
@@ -238,53 +331,6 @@ def plain(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A name on one line, cut where it would take the room of the axes."""
+    """A name on one line, shortened where it would take the room of the axes."""
     line = printable(text).replace("\n", " ")
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
-def accuracy_against_budget(records: Sequence[Record], path: Path) -> None:
-    """Accuracy against δ under each attack, before and after training, with 95 % intervals as bands.
-
-    Args:
-        records: Those of a run; stages `before` and `after` on the test set are drawn. Of evaluations alone, the first
-            network, norm and order, as `accuracy_curves` draws them.
-        path: The PNG to write.
-    """
-    chosen = [r for r in records if r.stage in INK and r.split == "test"]
-    if not chosen and (evaluations := groups([r for r in records if r.stage == "evaluate"])):
-        save(accuracy_curves(evaluations[0]), path)
-        return
-    attacks = sorted({r.attack for r in chosen} - {"none"})
-    styles = dict(zip(attacks, ["-", "--", ":", "-."] * len(attacks), strict=False))
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for stage, colour in INK.items():
-        clean = [r for r in chosen if r.stage == stage and r.attack == "none"][-1:]
-        for attack in attacks:
-            latest = {r.delta: r for r in chosen if r.stage == stage and r.attack == attack}
-            if not latest:
-                continue
-            points = clean + [latest[delta] for delta in sorted(latest)]
-            x, y = [255 * r.delta for r in points], [100 * r.accuracy for r in points]
-            name = plain(f"{stage}: {attack} ({order_name(points[-1].p)})")
-            axes.plot(x, y, styles[attack], color=colour, marker="o", markersize=3.5, label=name)
-            low, high = [100 * r.accuracy_low for r in points], [100 * r.accuracy_high for r in points]
-            axes.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0)
-    about = chosen[-1] if chosen else None
-    axes.set_xlabel(plain(f"budget δ in units of 1/255{f' ({about.norm})' if about else ''}"))
-    axes.set_ylabel("accuracy in percent")
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 100)
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    if about:
-        title = f"{_short(about.network)} on {_short(about.data)}, {about.n} test images"
-        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-        if axes.get_lines():
-            axes.legend(frameon=False, fontsize=8)
-    save(figure, path)

@@ -24,13 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from wdat.errors import SettingError
-from wdat.records import Record, read
+from wdat.records import Key, Record, read
 
 LABELS = ("auto", "overrides", "folder")
 DEFAULTS = "defaults"  # the arm of runs with no setting of their own
-ELSEWHERE = ("seed", "resume", "logger", "model", "model.name", "data", "device", "save_distances")
+ELSEWHERE = ("seed", "resume", "logger", "model", "model.name", "data", "device", "save_distances", "trainer.devices",
+             "trainer.num_nodes", "trainer.accelerator")  # fmt: skip
 EVALUATION = ("attacks", "deltas", "losses", "threat", "model", "data", "attack_options", "batch_size", "certified")
-SECRET = re.compile(r"(key|token|secret|password)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_|\.|api)(key|token|secret|passw(or)?d|credentials?)$", re.IGNORECASE)  # names of settings
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Run:
         records: At least one.
         command: The command line that made them, where it is known.
         overrides: The settings on that command line, in their order; None where they aren't known.
-        place: The folder relative to the one that was named, without what states the seed.
+        folder: The folder relative to the one that was named, without what states the seed.
         arm: Label of what is compared.
     """
 
@@ -50,7 +51,7 @@ class Run:
     records: tuple[Record, ...]
     command: str | None
     overrides: tuple[str, ...] | None
-    place: str
+    folder: str
     arm: str = ""
 
     @property
@@ -59,28 +60,28 @@ class Run:
         return sorted({r.seed for r in self.records})
 
 
-def find(places: Iterable[Path], labels: str = "auto") -> list[Run]:
+def find(paths: Iterable[Path], labels: str = "auto") -> list[Run]:
     """All runs in files named, and in every JSON file of records below folders named, each with its arm.
 
     Args:
-        places: Files and folders; what is found twice counts once.
+        paths: Files and folders; what is found twice counts once.
         labels: `overrides` or `folder` as in the head of this file; `auto` takes overrides where they are known.
 
     Raises:
-        SettingError: If a place holds no records.
+        SettingError: If one of them holds no records.
     """
     found: dict[Path, Run] = {}
-    for place in places:
-        here = [(file, read_run(file, place)) for file in _files(place)]
+    for path in paths:
+        here = [(file, read_run(file, path)) for file in _files(path)]
         kept = {file.resolve(): run for file, run in here if run}
         if not kept:
-            raise SettingError(f"{place} holds no records; name the folder of a run or of a multirun")
+            raise SettingError(f"{path} holds no records; name the folder of a run or of a multirun")
         found |= {file: run for file, run in kept.items() if file not in found}
     return label(list(found.values()), labels)
 
 
-def _files(place: Path) -> list[Path]:
-    return [place] if place.is_file() else sorted(place.rglob("*.json"), key=_natural)
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.json"), key=_natural)
 
 
 def _natural(path: Path) -> list[Any]:
@@ -88,22 +89,22 @@ def _natural(path: Path) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def read_run(file: Path, place: Path) -> Run | None:
+def read_run(file: Path, root: Path) -> Run | None:
     """The run of a file; None where a JSON file below a folder, such as a logger's, is none of ours."""
     try:
         records = read(file)
     except SettingError:
-        if place.is_file() or file.name == "records.json":
+        if root.is_file() or file.name == "records.json":
             raise
         return None
     if not records:
         return None
     overrides = overrides_of(file.parent)
     seeds = {r.seed for r in records}
-    relative = [] if place.is_file() else list(file.parent.relative_to(place).parts)
-    root = (place.parent if place.is_file() else place).resolve().name
+    relative = [] if root.is_file() else list(file.parent.relative_to(root).parts)
+    name = (root.parent if root.is_file() else root).resolve().name
     short = [p for part in relative if (p := without_seed(part, seeds))]
-    short = short or [root if relative else without_seed(root, seeds) or root]  # the seed is stated once
+    short = short or [name if relative else without_seed(name, seeds) or name]  # the seed is stated once
     return Run(file, tuple(records), command_of(file.parent), overrides, "/".join(short))
 
 
@@ -162,11 +163,11 @@ def label(runs: Sequence[Run], labels: str = "auto") -> list[Run]:
     known = [set(own) for own in settings if own is not None]
     common = set.intersection(*known) if len(known) > 1 else set()
     named = [
-        replace(run, arm=run.place if own is None else ", ".join(o for o in own if o not in common) or DEFAULTS)
+        replace(run, arm=run.folder if own is None else ", ".join(o for o in own if o not in common) or DEFAULTS)
         for run, own in zip(runs, settings, strict=True)
     ]
     if len(known) == 1 and len(runs) == 1:
-        named = [replace(named[0], arm=named[0].place)]
+        named = [replace(named[0], arm=named[0].folder)]
     clashing = {arm for arm, _ in Counter(run.arm for run in named).items() if contradictions(named, arm)}
     return [_refined(run) if run.arm in clashing else run for run in named]
 
@@ -178,19 +179,13 @@ def _refined(run: Run) -> Run:
 
 def contradictions(runs: Sequence[Run], arm: str) -> list[int]:
     """Seeds of which several runs of an arm hold the same measurement with different accuracies."""
-    seen: dict[tuple[Any, ...], set[tuple[Path, float]]] = defaultdict(set)
+    seen: dict[Key, set[tuple[Path, float]]] = defaultdict(set)
     for run in (run for run in runs if run.arm == arm):
-        latest = {(r.seed, r.stage, r.network, *measured(r)): r.accuracy for r in run.records if r.stage != "epoch"}
+        own = (r for r in run.records if r.stage != "epoch")
+        latest = {r.key._replace(checkpoint="", weights=None, images=None): r.accuracy for r in own}
         for key, accuracy in latest.items():
             seen[key].add((run.path, accuracy))
-    return sorted({key[0] for key, values in seen.items() if len({accuracy for _, accuracy in values}) > 1})
-
-
-def measured(r: Record) -> tuple[Any, ...]:
-    """What an accuracy is a measurement of, but for its stage, seed and network; a clean one has no order."""
-    options = ", ".join(f"{k}={v}" for k, v in sorted(r.options.items()) if k not in ("seed", "batch_size"))
-    p, delta = (0.0, 0.0) if r.attack == "none" else (r.p, float(f"{r.delta:.9g}"))
-    return (r.data, r.split, r.attack, r.loss, p, r.norm, delta, options)
+    return sorted({key.seed for key, values in seen.items() if len({accuracy for _, accuracy in values}) > 1})
 
 
 def _settings(run: Run) -> list[str] | None:
@@ -212,7 +207,7 @@ def _below(key: str, parents: Sequence[str]) -> bool:
 
 
 def _trained(run: Run, checkpoint: str) -> list[str]:
-    """The settings of the run that left a checkpoint, or the checkpoint's place without what states the seed."""
+    """The settings of the run that left a checkpoint, or the checkpoint's path without what states the seed."""
     settings = _yaml(run.path.parent / ".hydra" / "hydra.yaml")
     try:
         start = Path(str(settings["hydra"]["runtime"]["cwd"]))

@@ -23,6 +23,7 @@ addEventListener("load", () => {{
     figures: [...d.querySelectorAll("figure.plot svg")].map(e => [box(e).width, box(e).height]),
     pictures: [...d.querySelectorAll("img")].filter(e => e.naturalWidth > 0).length,
     texts: [...d.querySelectorAll("figure.plot svg text")].map(e => box(e).height).filter(h => h > 0),
+    hidden: [...d.querySelectorAll(".scroll")].map(e => e.scrollWidth - e.clientWidth).filter(w => w > 0),
     tables: [...d.querySelectorAll(".scroll")].map(e => box(e).width),
     dead: [...d.querySelectorAll("nav a")].filter(e => !d.querySelector(e.getAttribute("href"))).length,
     links: d.querySelectorAll("nav a").length,
