@@ -47,7 +47,7 @@ def _quick(**options):
 
 @pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
 def test_is_at_least_as_strong_as_pgd_and_repeats_itself(threat):
-    network, x, y = _trained()
+    network, x, y = _trained(n=24)
     state, numbers, names = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     trace = sys.gettrace()
     found = _quick()(network, x, y, threat)

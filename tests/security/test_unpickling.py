@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pickle
 import re
@@ -145,6 +146,18 @@ def test_cifars_files_are_opened_only_if_they_are_the_published_ones(trap, tmp_p
     with pytest.raises(SettingError, match=r"data\.root"):
         cifar.cifar10(tmp_path, download=False)
     assert not trap.sprung()
+
+
+def test_every_load_says_that_nothing_is_unpickled():
+    """What ruff has no rule for."""
+    safe = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False"}
+    seen = set()
+    for file in [*ROOT.glob("wdat/**/*.py"), *ROOT.glob("benchmarks/*.py"), TRAIN, EVALUATE]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in safe:
+                seen.add(name)
+                assert safe[name] in map(ast.unparse, node.keywords), f"{file}:{node.lineno}"
+    assert seen == set(safe)
 
 
 def test_configurations_name_only_classes_that_read_no_pickles():
