@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from wdat.errors import ConstraintError, RunError, SettingError, cause, unknown
+import shlex
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from wdat.errors import ConstraintError, RunError, SettingError, cause, quoted, unknown
 
 
 def test_the_cause_is_the_first_of_its_kinds_in_the_chain():
@@ -40,3 +46,16 @@ def test_unknown_takes_names_that_are_no_text():
 def test_setting_errors_are_value_errors_and_constraint_errors_are_not():
     assert issubclass(SettingError, ValueError)
     assert not issubclass(ConstraintError, ValueError)
+
+
+@given(st.text(alphabet="ab=[]{},~ '\"\\$()!`:*?#;&|<>üé.-/1", min_size=1))
+@example("epoch=3-step=100.ckpt")
+@example("it's.pt")
+@example("é")
+@example("null")
+@example("1e3")
+@example("ends with \\")
+def test_what_is_quoted_is_what_hydra_reads(value):
+    (word,) = shlex.split(quoted("model.checkpoint", value))
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert str(override.value()) == value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 
@@ -52,6 +54,32 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def cause(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
     """The first error of some kinds in the chain that led to an error, this one included; None if there is none."""
     return next((found for found in chain(error) if isinstance(found, kinds)), None)
+
+
+def quoted(key: str, value: object) -> str:
+    """A setting as it must be typed in a shell where its value has characters that Hydra or the shell take apart.
+
+    Args:
+        key: Such as `"model.checkpoint"`.
+        value: Such as the path `epoch=3.ckpt`.
+
+    Returns:
+        One word for the shell, such as `"model.checkpoint='epoch=3.ckpt'"`.
+
+    Example:
+        >>> print(quoted("model.checkpoint", "epoch=3-step=100.ckpt"))
+        "model.checkpoint='epoch=3-step=100.ckpt'"
+        >>> print(quoted("model.checkpoint", "best.ckpt"))
+        model.checkpoint=best.ckpt
+    """
+    text = str(value)
+    words = ("null", "true", "false", "nan", "inf")
+    if re.fullmatch(r"[a-z_/][\w./-]*", text, re.I | re.A) and text.lower() not in words:
+        return f"{key}={text}"
+    # Backslashes before a quote or the end count twice.
+    inner = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
+    setting = f"{key}='{inner}'"
+    return shlex.quote(setting) if re.search(r"[\"$`\\!]", setting) else f'"{setting}"'
 
 
 def unknown(kind: str, name: object, valid: Iterable[str], setting: str) -> SettingError:

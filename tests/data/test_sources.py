@@ -296,3 +296,15 @@ def test_registry_gives_each_source_its_settings(tmp_path, monkeypatch):
     where = Where(tmp_path, path)
     sizes = {name: len(source(where).y_test) for name, source in SOURCES.items()}
     assert sizes == {"cifar10": 3, "cifar100": 3, "imagenet": 1, "folder": 1, "npz": 4, "digits": 360}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_that_fails_leaves_no_empty_folders(tmp_path, no_network, there):
+    root = tmp_path / "deep" / "data"
+    if there:
+        root.mkdir(parents=True)
+    with pytest.raises(SettingError, match="downloading"):
+        cifar10(root, download=True)
+    assert no_network
+    assert root.exists() == there
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", root] if there else [])

@@ -357,3 +357,21 @@ def test_other_networks_want_nothing_special(settings: dict[str, Any]) -> None:
 def test_an_unknown_network_of_imagenet() -> None:
     with pytest.raises(SettingError, match=r"Salman2020Do_R17.*did you mean Salman2020Do_R18"):
         models.preprocessing({"name": "Salman2020Do_R17", "dataset": "imagenet"})
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_that_fails_leaves_no_empty_folders(tmp_path, monkeypatch, there):
+    """Folders that were there stay."""
+    zoo.robustbench()
+    monkeypatch.setattr("robustbench.utils.download_gdrive_new", refuse_download)
+    root = tmp_path / "deep" / "models"
+    if there:
+        root.mkdir(parents=True)
+    with pytest.raises(SettingError, match="could not be downloaded"):
+        load_network("Rebuffi2021", root=root)
+    assert root.exists() == there
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", root] if there else [])
+
+
+def refuse_download(*_):
+    raise OSError("no network")

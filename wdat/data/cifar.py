@@ -18,6 +18,7 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 
 from wdat.data.splits import Splits
 from wdat.errors import SettingError
+from wdat.folders import no_empty_folders
 
 SILENCE = 60.0
 """Seconds without a byte after which a download is given up."""
@@ -78,7 +79,7 @@ def fetch(kind: type[CIFAR10], root: str | Path, download: bool) -> None:
     if not download:
         raise _error(kind, root, fault, "set data.download=true, or")
     try:
-        with _patience(SILENCE):
+        with no_empty_folders(parent), _patience(SILENCE):
             download_and_extract_archive(kind.url, parent, filename=kind.filename, md5=kind.tgz_md5)
     except _FAILURES as error:
         fault = f"{fault}, and downloading {kind.url} failed ({error})"

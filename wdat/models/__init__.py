@@ -10,7 +10,7 @@ from torch import nn
 
 from wdat.errors import SettingError
 from wdat.models import build, zoo
-from wdat.models.checkpoint import digest, load_checkpoint
+from wdat.models.checkpoint import check_finite, digest, load_checkpoint
 from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
 from wdat.models.local import LOCAL, seeded
 from wdat.models.speed import accelerate
@@ -18,6 +18,7 @@ from wdat.models.speed import accelerate
 __all__ = [
     "LOCAL",
     "accelerate",
+    "check_finite",
     "describe",
     "digest",
     "find_head",
@@ -25,6 +26,7 @@ __all__ = [
     "load_checkpoint",
     "load_custom",
     "load_network",
+    "origin",
     "prepare",
     "preprocessing",
     "title",
@@ -41,19 +43,24 @@ def load_network(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    checkpoint_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """A network by name, on the CPU and in eval mode; whoever trains it calls `train()`.
 
     Args:
         name: A local network, an alias such as `Rebuffi2021`, or any full name of RobustBench's zoo.
         num_classes: Number of logits; a network of the zoo has that of its data set.
-        checkpoint: A state dict or a checkpoint of ours. A network of the zoo is then built without a download.
+        checkpoint: A file of weights, as `load_checkpoint` takes it. A network of the zoo is then built without a
+            download.
         dataset: For the zoo: `cifar10`, `cifar100` or `imagenet`.
         threat_model: For the zoo: what the weights were trained against, `Linf`, `L2` or `corruptions`.
         root: For the zoo: the folder of downloaded weights.
         seed: Seed of fresh weights.
         mean: For local networks: what the normalisation subtracts, one number a colour; CIFAR-10's where None.
         std: For local networks: what it divides by, likewise.
+        checkpoint_key: Which of several state dicts in the file is meant, such as `"ema"`.
+        new_head: Whether the last layer is drawn anew afterwards, so that the file's may have other classes.
 
     Raises:
         SettingError: An unknown name, with the nearest ones; a number of classes the network doesn't have; constants
@@ -72,11 +79,13 @@ def load_network(
                 "model.dataset to match the data, or a local network"
             )
         if checkpoint is None:
-            return build.load_zoo(name, dataset, threat_model, root)
+            network = build.load_zoo(name, dataset, threat_model, root)
+            check_finite(network, str(entry))
+            return network
         with seeded(seed):
             network = build.architecture(entry)
     if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+        load_checkpoint(network, checkpoint, checkpoint_key, new_head)
     return network.eval()
 
 
@@ -86,6 +95,7 @@ def load_custom(
     checkpoint: str | Path | None = None,
     name: str = "custom",
     seed: int = 0,
+    checkpoint_key: str | None = None,
 ) -> nn.Module:
     """A network of the user's own class, on the CPU and in eval mode.
 
@@ -95,6 +105,7 @@ def load_custom(
         checkpoint: A state dict or a checkpoint of ours.
         name: What records call it.
         seed: Seed of fresh weights.
+        checkpoint_key: Which of several state dicts in the file is meant, such as `"ema"`.
 
     Raises:
         SettingError: It is no `nn.Module`, or the weights don't fit.
@@ -104,8 +115,23 @@ def load_custom(
     if not isinstance(made, nn.Module):
         raise SettingError(f"model.network._target_={name} makes a {type(made).__name__}: name an nn.Module")
     if checkpoint is not None:
-        load_checkpoint(made, checkpoint)
+        load_checkpoint(made, checkpoint, checkpoint_key)
     return made.eval()
+
+
+def origin(settings: Mapping[str, Any]) -> str:
+    """Where a network's weights come from, in words: a file, RobustBench, or nowhere, `fresh weights (seed 0)`.
+
+    Args:
+        settings: What `load_network` is called with, by name; or those of a network of the user's own class.
+    """
+    checkpoint, key = settings.get("checkpoint"), settings.get("checkpoint_key")
+    if checkpoint:
+        return f"weights of {checkpoint}" + (f" ({key})" if key else "")
+    if settings.get("name") in LOCAL:
+        return f"fresh weights (seed {settings.get('seed', 0)})"
+    own = settings.get("_target_", "wdat.models.load_network") != "wdat.models.load_network"
+    return "weights as its class makes them (no checkpoint)" if own else "RobustBench's weights"
 
 
 def title(settings: Mapping[str, Any]) -> str:

@@ -1,15 +1,12 @@
-"""Reading weights from files, safely: nothing is ever unpickled that could run code."""
+"""Weights from files into a network: which of the tensors in a file are the network's, and whether they fit."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import re
-import textwrap
 import warnings
-import zipfile
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +14,103 @@ import torch
 from torch import Tensor, nn
 
 from wdat.errors import SettingError
+from wdat.models.normalisation import compare, constants
+from wdat.models.reading import read
 
-_OURS = "network."  # where our Lightning module keeps the network
+State = dict[str, Tensor]
+
+WRAPPERS = (
+    "module", "model", "network", "net", "ema", "model_ema", "ema_model", "averaged_model", "teacher", "student",
+)  # fmt: skip
+"""What keys begin with where a network lies inside data parallelism, an average, a Lightning module or the like."""
+
 _COMPILED = "_orig_mod."  # put into keys by torch.compile
-_PARALLEL = "module."  # put before keys by DataParallel and its kin
+_TRACKED = "num_batches_tracked"
+_DEEPEST = 4  # dicts inside dicts
 
 
-def broken_part(path: Path) -> str | None:
-    """The part of a file of `torch.save` whose bytes aren't those of its checksum; None if all are.
+@dataclass(frozen=True)
+class Found:
+    """A state dict in a file.
 
-    `torch.load` doesn't look at the checksums.
-
-    Raises:
-        zipfile.BadZipFile: The file is no archive.
+    Attributes:
+        state: Its tensors, under the network's own names.
+        beside: Constants of normalisation that the network doesn't keep in its state.
     """
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
+
+    state: State
+    beside: State
 
 
-def load_checkpoint(network: nn.Module, path: str | Path) -> nn.Module:
+def load_checkpoint(network: nn.Module, path: str | Path, key: str | None = None, new_head: bool = False) -> nn.Module:
     """Load weights into `network`, strictly.
+
+    The network's state dict is found wherever it lies in the file: at the top, or in dicts such as
+    `{"state_dict": ...}`, `{"net": ...}` or `{"model": ..., "ema": ...}`, under prefixes such as `module.` or `model.`
+    that wrappers put before the network's own keys. What Lightning keeps beside the network is left out. Constants of
+    normalisation that the network doesn't keep in its state must equal its own.
 
     Args:
         network: Changed in place.
-        path: A file written by `torch.save`: a state dict, or a dict that holds one as `state_dict`, such as a
-            Lightning checkpoint of ours. The prefixes of `torch.compile`, of data parallelism and of our Lightning
-            module are removed.
+        path: A file of `torch.save` or of safetensors.
+        key: Which state dict is meant where the file holds several that fit, such as `"ema"` (`model.checkpoint_key`).
+        new_head: Whether the last linear layer is drawn anew afterwards (`finetune.init=reset_head`): where it alone
+            doesn't fit, as with another number of classes, it keeps the values that it has.
 
     Returns:
         The same network.
 
     Raises:
-        SettingError: The file is missing, damaged, needs unpickling, or belongs to another architecture. The network
-            is then unchanged.
+        SettingError: The file is missing, damaged, needs unpickling, holds several networks, has weights that aren't
+            finite or another normalisation, or belongs to another architecture. The network is then unchanged.
     """
     path = Path(os.path.expanduser(path))
     content = read(path, "model.checkpoint")
-    wanted = network.state_dict()
-    state = _unwrapped(_state_dict(content, path), wanted)
-    fault = _first_mismatch(state, wanted)
+    wanted = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    candidates = dict(_candidates(content))
+    if not candidates:
+        keys = f"a dict of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
+        raise SettingError(
+            f"{path} holds no state dict (model.checkpoint) but {keys or type(content).__name__}: "
+            "save torch.save(network.state_dict(), FILE)"
+        )
+    spare = _head(network, wanted) if new_head else ()
+    found = _chosen(_named(_variants(candidates, wanted, spare), key, candidates, path), wanted, path)
+    fault = _first_mismatch(found.state, wanted)
     if fault:
         raise SettingError(
             f"{path} doesn't fit {type(network).__name__} (model.checkpoint): {fault}; "
             "choose the model and the number of classes that the file was saved with"
         )
-    network.load_state_dict(state, strict=True)
+    broken = _nonfinite(found.state, {name for name, _ in network.named_parameters()})
+    if broken:
+        raise SettingError(
+            f"{path} has weights that are not finite ('{broken}'; model.checkpoint): the training that wrote it has "
+            "diverged; take an earlier checkpoint"
+        )
+    compared = compare(network, found.beside, path)
+    if compared:
+        warnings.warn(compared, stacklevel=2)
+    network.load_state_dict(
+        {name: found.state.get(name, value) for name, value in network.state_dict().items()}, strict=True
+    )
     return network
+
+
+def check_finite(network: nn.Module, what: str) -> None:
+    """Refuse a network whose weights aren't finite.
+
+    Args:
+        network: With its weights.
+        what: What messages call it.
+
+    Raises:
+        SettingError: A parameter isn't finite, or a buffer has a NaN.
+    """
+    state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    broken = _nonfinite(state, {name for name, _ in network.named_parameters()})
+    if broken:
+        raise SettingError(f"{what} has weights that are not finite ('{broken}'; model.name): use others")
 
 
 def digest(network: nn.Module) -> str:
@@ -79,91 +127,118 @@ def digest(network: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def read(path: Path, setting: str) -> Any:
-    """The content of a file written by `torch.save`, on the CPU, without unpickling objects.
-
-    Args:
-        path: The file.
-        setting: The key on the command line that named the file, for messages.
-
-    Raises:
-        SettingError: There is no such file, it is no PyTorch file, it is damaged, or it needs unpickling.
-    """
-    if not os.path.isfile(path):  # which no name, however odd, makes fail
-        raise SettingError(f"there is no file {path} ({setting}): check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on a foreign pickle it warns before it refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader raise nearly anything
-        raise SettingError(f"{path} {_why(path, error)} ({setting})") from error
+def _nonfinite(state: Mapping[str, Tensor], parameters: set[str]) -> str:
+    """The first parameter that isn't finite or buffer with a NaN (masks may be infinite); empty for none."""
+    for name, value in state.items():
+        if value.is_floating_point() and value.device.type != "meta":
+            fine = value.isfinite() if name in parameters else ~value.isnan()
+            if not bool(fine.all()):
+                return name
+    return ""
 
 
-def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a file that `torch.load` refused."""
-    if isinstance(error, PermissionError):
-        return "may not be read: change its permissions"
-    if path.stat().st_size == 0:
-        return "is empty: fetch it again"
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    if head.startswith(b"<"):
-        return f"is a web page{_title(path)}, not weights: fetch it again, in a browser if need be"
-    if _cut_short(head, path, error):
-        return "is cut short: fetch or save it again"
-    if isinstance(error, pickle.UnpicklingError) and head.startswith((b"PK", b"\x80")):
-        return (
-            "holds pickled Python objects, and nothing is unpickled here because that can run code: where you trust "
-            "it, load it once elsewhere and save torch.save(network.state_dict(), FILE)"
-        )
-    return "is damaged or no PyTorch file: fetch or save it again"
+def _candidates(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
+    """The dicts of tensors in a file's content, by the keys that lead to them, joined by dots."""
+    if not isinstance(content, Mapping) or not content or depth > _DEEPEST:
+        return
+    if all(isinstance(value, Tensor) for value in content.values()):
+        yield name, {str(key).replace(_COMPILED, ""): value for key, value in content.items()}
+        return
+    if depth == 0 and "pytorch-lightning_version" in content and "state_dict" in content:
+        content = {"state_dict": content["state_dict"]}  # beside it are the optimiser's and other states
+    for key, value in content.items():
+        yield from _candidates(value, f"{name}.{key}".lstrip("."), depth + 1)
 
 
-def _title(path: Path) -> str:
-    """A web page's title, which may tell of a quota or a login; empty if it has none."""
-    with path.open("rb") as file:
-        found = re.search(r"<title>(.*?)</title>", file.read(4096).decode(errors="replace"), re.I | re.S)
-    return f" ('{textwrap.shorten(found[1], 60, placeholder='...')}')" if found else ""
+def _prefixes(state: State) -> list[str]:
+    """The prefixes of wrappers' names that keys begin with, the empty one first."""
+    found = {""}
+    for key in state:
+        prefix = ""
+        for part in key.split(".")[:-1]:
+            if part not in WRAPPERS:
+                break
+            prefix += f"{part}."
+            found.add(prefix)
+    if all(key.startswith("1.") or _is_constant(key, state) for key in state):
+        found.add("1.")  # nn.Sequential(normalisation, network)
+    return sorted(found, key=len)
 
 
-def _cut_short(head: bytes, path: Path, error: Exception) -> bool:
-    """Whether a file of PyTorch's lacks its end, which in the present format is a zip archive's list of contents."""
-    if head.startswith(b"PK"):
-        return not zipfile.is_zipfile(path)
-    return head.startswith(b"\x80") and any(sign in str(error) for sign in ("truncated", "Ran out", "unexpected EOF"))
+def _is_constant(key: str, state: State) -> bool:
+    return bool(constants({key: state[key]}))
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file's content."""
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        found = f"a dict of {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+def _variants(candidates: Mapping[str, State], wanted: State, spare: tuple[str, ...]) -> dict[str, Found]:
+    """What each candidate holds under each prefix, by its name and the prefix."""
+    variants = {}
+    for name, whole in candidates.items():
+        for prefix in _prefixes(whole):
+            own = {key for key in whole if key in wanted or key.removeprefix(prefix) in wanted}
+            beside = constants({key: value for key, value in whole.items() if key not in own})
+            inner = {key: value for key, value in whole.items() if key.startswith(prefix) and key not in beside}
+            state = {key[len(prefix) :]: value for key, value in inner.items()}
+            variants[f"{name}.{prefix}".strip(".")] = Found(_completed(state, wanted, beside, spare), beside)
+    return variants
+
+
+def _named(
+    variants: dict[str, Found], key: str | None, candidates: Mapping[str, State], path: Path
+) -> dict[str, Found]:
+    """Those that a key means; all without one."""
+    if key is None:
+        return variants
+    found = {n: v for n, v in variants.items() if n == key or n.startswith(f"{key}.") or n.endswith(f".{key}")}
+    if not found:
+        held = ", ".join(name for name in candidates if name) or "one network, without a key"
+        raise SettingError(f"{path} has nothing called {key} (model.checkpoint_key): it holds {held}")
+    return found
+
+
+def _chosen(variants: dict[str, Found], wanted: State, path: Path) -> Found:
+    """The one that fits; where none does, the one that is nearest to it."""
+    fitting = {name: found for name, found in variants.items() if not _first_mismatch(found.state, wanted)}
+    if not fitting:
+        return max(variants.values(), key=lambda found: len(found.state.keys() & wanted.keys()))
+    first, *others = fitting.values()
+    if any(not _equal(first.state, other.state) for other in others):
         raise SettingError(
-            f"{path} holds no state dict (model.checkpoint) but {found or 'nothing'}: "
-            "save torch.save(network.state_dict(), FILE)"
+            f"{path} holds {len(fitting)} networks that fit (model.checkpoint): {', '.join(fitting)}; choose one, "
+            f"model.checkpoint_key={list(fitting)[-1]}"
         )
-    return {str(key): value for key, value in state.items()}
+    return first
 
 
-def _unwrapped(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """The state with the prefixes removed that wrappers put before the network's own keys.
+def _completed(state: State, wanted: State, beside: State, spare: tuple[str, ...]) -> State:
+    """The state with what a file may lack: counters of batches, as in PyTorch, and what is spare.
 
-    A prefix stays where the network's own keys have it. What a Lightning module of ours keeps beside the network is
-    left out.
+    Constants of normalisation may go by another name in the file; they are compared.
     """
-    state = {key.replace(_COMPILED, ""): value for key, value in state.items()}
-    for prefix, every in ((_PARALLEL, True), (_OURS, False), (_PARALLEL, True)):
-        has = [key.startswith(prefix) for key in state]
-        if (all(has) if every else any(has)) and not any(key.startswith(prefix) for key in wanted):
-            state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    return state
+    own = constants(wanted) if beside else {}
+    missing = {
+        name: value for name, value in wanted.items()
+        if name not in state and (name.rpartition(".")[2] == _TRACKED or name in own)
+    }  # fmt: skip
+    odd = {name for name, value in wanted.items() if name not in state or state[name].shape != value.shape}
+    if spare and odd - set(missing) and odd - set(missing) <= set(spare):
+        state = {name: value for name, value in state.items() if name not in spare}
+        missing |= {name: wanted[name] for name in spare}
+    return {**state, **missing}
 
 
-def _first_mismatch(state: dict[str, Tensor], wanted: dict[str, Any]) -> str:
+def _head(network: nn.Module, wanted: State) -> tuple[str, ...]:
+    """Names of the parameters of the last linear layer in the order of the modules; none where there is none."""
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in wanted if linear and name.rpartition(".")[0] == linear[-1])
+
+
+def _equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def _first_mismatch(state: State, wanted: State) -> str:
     """The first key, in the network's order, where the two differ; empty where they agree."""
     for key, value in wanted.items():
-        if not isinstance(value, Tensor):
-            continue
         if key not in state:
             return f"the key '{key}' is missing in the file"
         if state[key].shape != value.shape:

@@ -15,7 +15,8 @@ from urllib.error import HTTPError
 from torch import nn
 
 from wdat.errors import SettingError
-from wdat.models.checkpoint import broken_part, read
+from wdat.folders import no_empty_folders
+from wdat.models.reading import broken_part, read
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def obtain(files: Sequence[WeightFile], network: str, load: Callable[[Path | Non
                 f"{network} can't be loaded from {paths} (model.name): {one_line(error)}; deleting what isn't of this "
                 f"network lets it be downloaded again from {sources}"
             ) from error
-    with _scratch(absent[0].path.parent) as folder:
+    parent = absent[0].path.parent
+    with no_empty_folders(parent), _scratch(parent) as folder:
         for file in files:
             arrived = Path(folder) / file.place
             arrived.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from wdat.errors import DIVERGED, RunError, SettingError
-from wdat.models.checkpoint import broken_part
+from wdat.models.reading import broken_part
 
 FOLDER, LAST = "checkpoints", "last.ckpt"
 
