@@ -98,6 +98,8 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
     attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)  # type: ignore[arg-type]  # a mapping
     for attack in attacks:
         attack.threat_of(base)
+    if (certificate := instantiate(cfg.certify)) is not None:
+        certificate.check(threats)
     return base, threats, attacks
 
 
@@ -139,6 +141,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
         loader = data.test_dataloader() if cfg.split == "test" else data.val_dataloader()
         images = ImageTensors.collect(loader, device)
         network = network.to(device).eval()
+        if (certificate := instantiate(cfg.certify)) is not None:
+            certificate.check_network(network, images.x)
     name = models.title(cfg.model)
     facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
 
@@ -169,6 +173,8 @@ def evaluate(cfg: DictConfig, run_dir: Path, console: PlainConsole, team: Team) 
                 session.attacked(attack, threat)
             if radii is not None:
                 session.certified(radii, str(cfg.certified), threat)
+        if certificate is not None:
+            session.certify(certificate, threats, attacks)
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
     return results

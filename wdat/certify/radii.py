@@ -115,11 +115,6 @@ class Crown(Certificate):
         return Radii(whole, left, around.processes.sum([kept.seconds])[0])
 
     def check_network(self, network: nn.Module, x: Tensor) -> None:
-        """Refuse a network that CROWN can't bound.
-
-        Raises:
-            SettingError: If it is too large, or uses an operation that isn't known.
-        """
         if not len(x):
             return
         needs = size(network, x[0])
