@@ -33,6 +33,8 @@ from wdat.evaluation.session import Session
 from wdat.records import Facts, Record, RecordFile
 
 ORDERS = (1.0, 2.0, 4.0, math.inf)
+LITTLE = 0.01
+BEGIN, END = "<!-- made by benchmarks.certify: begin -->", "<!-- made by benchmarks.certify: end -->"
 WIDE = {"mean": [0.485, 0.456, 0.406], "std": [0.225, 0.225, 0.225]}
 
 
@@ -124,20 +126,31 @@ def rows(name: str, records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest))
+
+
 def brackets(record: dict[str, Any], name: str) -> str:
     """The table of one case in Markdown: a line for each order, a column for each budget."""
     chosen = [row for row in record["rows"] if row["case"] == name]
-    unit = 255 if chosen[0]["norm"] == "linf" else 1
     budgets = sorted({row["delta"] for row in chosen})
-    head = ["", *(f"{unit * budget:g}{'/255' if unit > 1 else ''}" for budget in budgets)]
-    lines = [head, ["---"] * len(head)]
+    lines = [["", *(_budget(chosen[0]["norm"], budget) for budget in budgets)]]
     for network in dict.fromkeys(row["network"] for row in chosen):
         for p in dict.fromkeys(row["p"] for row in chosen):
-            label = f"W_{'∞' if p == 'inf' else format(p, 'g')}"
-            label += f", {network.partition(', ')[2]}" if ", " in network else ""
             cells = {r["delta"]: r for r in chosen if r["p"] == p and r["network"] == network}
-            lines.append([label, *(_bracket(cells[budget]) for budget in budgets)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            if cells:
+                note = network.partition(", ")[2]
+                lines.append([_order(p) + (f", {note}" if note else ""), *(_bracket(cells[b]) for b in budgets)])
+    return _table(lines)
+
+
+def _order(p: float | str) -> str:
+    return f"W_{'∞' if p == 'inf' else format(p, 'g')}"
+
+
+def _budget(norm: str, delta: float) -> str:
+    return f"{255 * delta:g}/255" if norm == "linf" else f"{delta:g}"
 
 
 def _bracket(row: dict[str, Any]) -> str:
@@ -149,13 +162,37 @@ def _bracket(row: dict[str, Any]) -> str:
 
 def summary(record: dict[str, Any]) -> str:
     """One line for each case in Markdown: images, time, and images that were left out."""
-    lines = [["case", "images", "CPU seconds an image", "left out"], ["---"] * 4]
+    lines = [["case", "images", "CPU seconds an image", "left out"]]
     for name in dict.fromkeys(row["case"] for row in record["rows"]):
         chosen = [row for row in record["rows"] if row["case"] == name]
         seconds = max(row["cpu_seconds_per_image"] for row in chosen)
         unfinished = max(row["unfinished"] for row in chosen)
         lines.append([name, str(chosen[0]["n"]), f"{seconds:.2f}", str(unfinished)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _table(lines)
+
+
+def useless(record: dict[str, Any]) -> str:
+    """Where the lower end says next to nothing: below `LITTLE`."""
+    found: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if row["certified"] < LITTLE:
+            where = f"{_order(row['p'])} at {_budget(row['norm'], row['delta'])}"
+            note = row["network"].partition(", ")[2]
+            found.setdefault(row["case"], []).append(f"{where} ({note})" if note else where)
+    if not found:
+        return f"No lower end is below {100 * LITTLE:g} %."
+    listed = "; ".join(f"{name}: {', '.join(places)}" for name, places in found.items())
+    return f"The lower end is below {100 * LITTLE:g} %, and says next to nothing, for {listed}."
+
+
+def page(text: str, record: dict[str, Any]) -> str:
+    """A page in Markdown whose part between the two marks is what the record says."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    parts = [summary(record), useless(record)]
+    for name in dict.fromkeys(row["case"] for row in record["rows"]):
+        parts.append(f"**{name}**\n\n{brackets(record, name)}")
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
 def main() -> None:
@@ -166,22 +203,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="the first N test images; all without it")
     parser.add_argument("--folder", type=Path, default=Path("outputs/certify"), help="what is kept (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no lines of progress")
-    parser.add_argument("--show", action="store_true", help="print the tables of the record and measure nothing")
+    parser.add_argument("--show", type=Path, metavar="PAGE", help="write the record's tables into a page, measure none")
     add_common(parser, "certify")
     options = parser.parse_args()
-    if not options.show:
-        if not options.data.exists():
-            raise SettingError(f"--data={options.data} does not exist; name an npz file with x_test and y_test")
-        kept = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-        for name in track(options.only, "certify", transient=True, disable=not options.quiet):
-            found = rows(name, run(name, CASES[name], options))
-            kept = [row for row in kept if row["case"] != name] + found
-            kept.sort(key=lambda row: list(CASES).index(row["case"]))
-            write("certify", options, "cpu", {"rows": kept})
-    record = json.loads(options.output.read_text())
-    CONSOLE.print(summary(record), markup=False, soft_wrap=True)
-    for name in dict.fromkeys(row["case"] for row in record["rows"]):
-        CONSOLE.print(f"\n{name}\n\n{brackets(record, name)}", markup=False, soft_wrap=True)
+    if options.show:
+        record = json.loads(options.output.read_text())
+        options.show.write_text(page(options.show.read_text(encoding="utf-8"), record), encoding="utf-8")
+        return
+    if not options.data.exists():
+        raise SettingError(f"--data={options.data} does not exist; name an npz file with x_test and y_test")
+    kept = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    for name in track(options.only, "certify", transient=True, disable=not options.quiet):
+        found = rows(name, run(name, CASES[name], options))
+        kept = [row for row in kept if row["case"] != name] + found
+        kept.sort(key=lambda row: list(CASES).index(row["case"]))
+        write("certify", options, "cpu", {"rows": kept})
+        CONSOLE.print(f"\n{name}\n\n{brackets({'rows': kept}, name)}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

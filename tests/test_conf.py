@@ -52,6 +52,7 @@ CONTRACT = {
     "logger": ("csv wandb tensorboard", ""),
     "trainer": ("default", "cpu gpu ddp"),
     "callbacks": ("default", "none"),
+    "certify": ("none crown smoothing", ""),
     "averaging": ("none ema ema_after_warmup", ""),
 }
 

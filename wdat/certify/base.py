@@ -67,6 +67,14 @@ class Certificate(ABC):
         """
         del threats
 
+    def check_network(self, network: nn.Module, x: Tensor) -> None:
+        """Refuse a network, by a pass of one of its images x (N, C, H, W), before any work.
+
+        Raises:
+            SettingError: If it can't be certified.
+        """
+        del network, x
+
     @abstractmethod
     def __call__(
         self,

@@ -26,10 +26,10 @@ way once the layers before it have theirs; interval arithmetic finds the units t
 
 **Soundness.** The argument holds if everything between the ReLUs is an affine map whose gradient autograd knows. The
 forward pass therefore runs under a mode that sees every operation on a tensor that depends on the image, and knows
-those of `RULES` alone; any other is refused by name. So are operations that would slip past the mode: autograd
-functions written in Python and scripted modules. A value changed in place is replaced by a new one, and any later use
-of the old one, or of a view of it, is refused. All of this is up to floating-point rounding, which the caller covers
-by a margin.
+those of `_AFFINE` and ReLU alone; any other is refused by name. So are operations that would slip past the mode:
+autograd functions written in Python and scripted modules. A value changed in place is replaced by a new one, and any
+later use of the old one, or of a view of it, is refused. All of this is up to floating-point rounding, which the caller
+covers by a margin.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ ROWS = 1024  # linear functions that travel back at once
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _WEIGHTED = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-_AVERAGES_AND_VIEWS = {
-    torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.contiguous, torch.mean,
-    Tensor.mean, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
+_VIEWS = {torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.contiguous}
+_AVERAGES = {
+    torch.mean, Tensor.mean, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
 }  # fmt: skip
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _SUBTRACT = {torch.sub, Tensor.sub, Tensor.__sub__}
@@ -66,6 +66,7 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
     Tensor.add_: torch.add, Tensor.__iadd__: torch.add, Tensor.sub_: torch.sub, Tensor.__isub__: torch.sub,
     Tensor.mul_: torch.mul, Tensor.__imul__: torch.mul, Tensor.div_: torch.div, Tensor.__itruediv__: torch.div,
 }  # fmt: skip
+_AFFINE = _WEIGHTED | _VIEWS | _AVERAGES | _ADD | _SUBTRACT | _MULTIPLY | _DIVIDE | {F.batch_norm, F.pad}
 _LOOKS = {  # questions whose answers don't depend on the values
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.__len__,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
@@ -149,7 +150,7 @@ class _CrownPass(TorchFunctionMode):
         self.relaxations: list[_Relaxation] = []
         self.boxes = WeakIdKeyDictionary()
         self.boxes[self.image] = _Box((self.up + self.low) / 2, (self.up - self.low) / 2)
-        self.branched = False
+        self.mixed = 0  # maps of the image so far in which an output depends on several inputs
 
     def run(self, network: nn.Module) -> Tensor:
         """Logits (1, K), with the graph that carries linear functions back."""
@@ -218,10 +219,13 @@ class _CrownPass(TorchFunctionMode):
         Raises:
             SettingError: If it isn't on the list, or isn't affine in this use.
         """
+        if func not in _AFFINE:
+            raise _refused(name)
         box = self.boxes[known[0]]
         with torch.no_grad():
+            self.mixed += func in _WEIGHTED | _AVERAGES
             if func in _ADD and len(known) == 2 and not kwargs:
-                self.branched = True
+                self.mixed += 2
                 other = self.boxes[known[1]]
                 return _Box(func(box.center, other.center), func(box.radius, other.radius))
             commutes = func in _ADD | _MULTIPLY
@@ -235,9 +239,14 @@ class _CrownPass(TorchFunctionMode):
                 bias = given.pop("bias", None)
                 center = func(box.center, weight, bias, *more, **given)
                 return _Box(center, func(box.radius, weight.abs(), None, *more, **given))
-            if func in _AVERAGES_AND_VIEWS:
+            if func in _VIEWS | _AVERAGES:
                 center, radius = (func(part, *rest, **kwargs) for part in (box.center, box.radius))
                 return _Box(center, radius.abs(), box.memory)
+            if func is F.pad:
+                given = inspect.signature(F.pad).bind(*args, **kwargs).arguments
+                if given.get("mode", "constant") != "constant":
+                    raise _refused(f"pad in mode {given['mode']}")
+                return _Box(F.pad(box.center, given["pad"], value=given.get("value")), F.pad(box.radius, given["pad"]))
             if func is F.batch_norm:
                 if inspect.signature(F.batch_norm).bind(*args, **kwargs).arguments.get("training", False):
                     raise _refused("batch_norm with the statistics of the batch")
@@ -248,12 +257,10 @@ class _CrownPass(TorchFunctionMode):
                 return _Box(center, (one - zero).abs() * box.radius)
             if kwargs or len(rest) != 1:
                 raise _refused(name)
+            center = func(box.center, *rest)
             if func in _ADD | _SUBTRACT:
-                center = func(box.center, *rest)
                 return _Box(center, box.radius.expand_as(center))
-            if func in _MULTIPLY | _DIVIDE:
-                return _Box(func(box.center, *rest), func(box.radius, *rest).abs())
-        raise _refused(name)
+            return _Box(center, func(box.radius, *rest).abs())
 
     def _relu(self, z: Tensor) -> tuple[Tensor, _Box]:
         relaxation = _Relaxation(*self._bounds(z))
@@ -266,8 +273,8 @@ class _CrownPass(TorchFunctionMode):
         """Bounds of the inputs z (1, ...) of a ReLU: of each unit first the one that may show it to be stable."""
         box = self.boxes[z]
         low, up = box.center - box.radius, box.center + box.radius
-        if self.norm == "linf" and not self.relaxations and not self.branched:
-            return low, up  # of one affine map of a box the interval is exact
+        if self.norm == "linf" and not self.relaxations and self.mixed < 2:
+            return low, up  # of a box under one linear layer the interval is exact
         shape, value = z.shape, z.detach().flatten()
         low, up = low.flatten(), up.flatten()
         for positive in (True, False):
@@ -289,7 +296,8 @@ class _CrownPass(TorchFunctionMode):
 def _refused(what: str) -> SettingError:
     return SettingError(
         f"certify=crown can't bound this network: it uses {what}. CROWN knows convolutions, linear layers, sums, "
-        "flattening, average pooling, BatchNorm in eval mode, arithmetic with constants and ReLU; use certify=smoothing"
+        "padding, flattening, average pooling, BatchNorm in eval mode, arithmetic with constants and ReLU; use "
+        "certify=smoothing"
     )
 
 

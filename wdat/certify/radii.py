@@ -115,11 +115,6 @@ class Crown(Certificate):
         return Radii(whole, left, around.processes.sum([kept.seconds])[0])
 
     def check_network(self, network: nn.Module, x: Tensor) -> None:
-        """Refuse a network that CROWN can't bound.
-
-        Raises:
-            SettingError: If it is too large, or uses an operation that isn't known.
-        """
         if not len(x):
             return
         needs = size(network, x[0])
@@ -221,18 +216,18 @@ def largest_radius(
     Returns:
         A radius at which the bound, in float64, exceeds `least`; 0 where none was found.
     """
-    seen = [(r, v) for r, v in points if math.isfinite(v)]
-    low, high = 0.0, min([cap, *(r for r, _ in points)])
-    r = min(max(guess, 1e-3 * high), high) if not points else min(guess, 0.7 * high)
+    low, high = 0.0, min((r for r, _ in points), default=math.inf)
+    losses = [(r, _loss(clean, v)) for r, v in points]
+    r = min(guess, cap, 0.7 * high) if guess > 0 else 0.5 * min(cap, high)
     for _ in range(evaluations - 1 - len(points)):
         value = bound(r, False)
+        losses.append((r, _loss(clean, value)))
         if value > least:
             low = r
         else:
             high = r
-        if math.isfinite(value):
-            seen.append((r, value))
-        r = _next(seen, clean, low, high, least)
+        r = _next(losses, clean - 2 * least)
+        r = min(max(r, low + 0.02 * (min(high, cap) - low)), cap, low + 0.98 * (high - low))
         if low > 0 and r - low < 0.003 * low:
             break
     for radius in (low + 0.95 * (r - low) if low > 0 else 0.9 * r, low if low > 0 else 0.4 * r):
@@ -241,20 +236,21 @@ def largest_radius(
     return 0.0
 
 
-def _next(seen: list[tuple[float, float]], clean: float, low: float, high: float, least: float) -> float:
-    """Where the power through the evaluations around the root meets twice the margin, inside (low, high)."""
-    losses = sorted((abs(math.log(max(clean - v, 1e-12) / (clean - least))), r, max(clean - v, 1e-12)) for r, v in seen)
-    if not losses:
-        return (low + high) / 2
-    _, r, loss = losses[0]
+def _loss(clean: float, value: float) -> float:
+    """What the bound loses at a radius; a large loss where it isn't finite, the smallest where it is rounding."""
+    return max(clean - value, 1e-9 * clean) if math.isfinite(value) else 30 * clean
+
+
+def _next(losses: list[tuple[float, float]], wanted: float) -> float:
+    """The radius at which a power of it, through the evaluations on both sides of the wanted loss, has that loss."""
+    wanted = max(wanted, 1e-12)
+    inner = sorted((point for point in losses if point[1] < wanted), reverse=True)
+    outer = sorted(point for point in losses if point[1] >= wanted)
+    (r, loss), *more = [*inner[:1], *outer[:1], *inner[1:2], *outer[1:2]]
     power = 1.5
-    if len(losses) > 1:
-        _, other, before = losses[1]
-        power = math.log(loss / before) / math.log(r / other) if r != other else power
-        power = min(max(power, 1.0), 8.0) if math.isfinite(power) else 1.5
-    wanted = max(clean - 2 * least, 1e-12)
-    root = r * float((wanted / loss) ** (1 / power))
-    return min(max(root, low + 0.02 * (high - low)), high if high > low * 1.02 else (low + high) / 2)
+    if more and more[0][0] != r:
+        power = min(max(math.log(loss / more[0][1]) / math.log(r / more[0][0]), 1.0), 8.0)
+    return float(r * (wanted / loss) ** (1 / power))
 
 
 def reach_of(radii: Tensor, n: int, threats: Sequence[ThreatModel]) -> float:

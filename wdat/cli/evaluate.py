@@ -12,12 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from wdat import models
-from wdat.attacks import ATTACKS, Attack
+from wdat.attacks import Attack
+from wdat.certify import Certificate
+from wdat.cli.build import build, build_attacks
 from wdat.cli.launch import one_at_a_time
 from wdat.data.batch import Batch
 from wdat.distributed import current, together
@@ -46,16 +47,17 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
     Returns:
         The records of the evaluation, on the first process all of them.
     """
-    base, threats, attacks = planned(cfg)
-    data = instantiate(cfg.data, preprocessing=cfg.data.get("preprocessing") or models.preprocessing(cfg.model))
+    base, threats, attacks, certificate = planned(cfg)
+    preprocessing = cfg.data.get("preprocessing") or models.preprocessing(cfg.model)
+    data = build(cfg.data, "data", **({"preprocessing": preprocessing} if preprocessing else {}))
     with one_at_a_time():
         data.prepare_data()
-        network = instantiate(cfg.model)
+        network = build(cfg.model, "model")
     data.setup("test" if cfg.split == "test" else None)
     name = models.title(cfg.model)
     facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
     progress = WorkProgress()
-    trainer: L.Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, callbacks=[progress])
+    trainer: L.Trainer = build(cfg.trainer, "trainer", logger=False, enable_checkpointing=False, callbacks=[progress])
     first = trainer.is_global_zero
     results = RecordFile(run_dir / FILES[0] if first else None)
 
@@ -67,8 +69,11 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         )  # fmt: skip
         if first:
             on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
-            PlainConsole().print(f"{name}: {evaluator.size} {cfg.split} images of {data.name} on {on}")
+            about = f"{evaluator.size} {cfg.split} images of {data.name} on {on}"
+            PlainConsole().print(f"{name}, {models.origin(cfg.model)}: {about}")
         with together(everyone):
+            if certificate is not None:
+                certificate.check_network(network, images.x)
             radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
         session = Session(evaluator, results, run_dir)
         for loss in cfg.losses:
@@ -78,6 +83,8 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
                 session.attacked(attack, threat)
             if radii is not None:
                 session.certified(radii, str(cfg.certified), threat)
+        if certificate is not None:
+            session.certify(certificate, threats, attacks)
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
 
@@ -146,19 +153,14 @@ def stopped_at_once(run_dir: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack]]:
-    """The threat as configured, one for each budget, and the attacks; refuses what can't be done before any work."""
+def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack], Certificate | None]:
+    """The threat, one for each budget, the attacks, and what certifies; refuses what can't be done before any work."""
     for key in ("attacks", "deltas", "losses"):
         if not isinstance(cfg[key], ListConfig):
             usual = {"attacks": "pgd,wpgd,knapsack", "deltas": "8/255", "losses": "ce,redlr"}[key]
             raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{cfg[key] or usual}]")
     if cfg.split not in ("test", "val"):
         raise unknown("split", cfg.split, ("test", "val"), "split")
-    for name in cfg.attacks:
-        if name not in ATTACKS:
-            raise unknown("attack", name, ATTACKS, "attacks")
-        if ATTACKS[name].by_distance:
-            raise SettingError(f"attacks: {name} trains; to evaluate, use knapsack")
     if cfg.save_distances and "knapsack" not in cfg.attacks:
         raise SettingError(
             "save_distances=true writes the distances of the knapsack: add it to attacks, or set it false"
@@ -169,10 +171,13 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
         raise SettingError(f"batch_size={cfg.batch_size} must be a whole number of images from 1")
     if str(cfg.trainer.precision) not in ("32-true", "32"):
         raise SettingError(f"trainer.precision={cfg.trainer.precision}: evaluation is in float32; leave it 32-true")
-    base: ThreatModel = instantiate(cfg.threat)
+    base: ThreatModel = build(cfg.threat, "threat")
     threats = [ThreatModel(base.p, base.norm, parse_budget(delta, "deltas")) for delta in cfg.deltas]
-    options: Any = OmegaConf.to_container(cfg.attack_options, resolve=True)
-    attacks = plan(list(cfg.attacks), list(cfg.losses), options, cfg.batch_size)
+    chosen, options = build_attacks(cfg, "")
+    attacks = plan(chosen, list(cfg.losses), options, cfg.batch_size)
     for attack in attacks:
         attack.threat_of(base)
-    return base, threats, attacks
+    certificate: Certificate | None = build(cfg.certify, "certify")
+    if certificate is not None:
+        certificate.check(threats)
+    return base, threats, attacks, certificate
