@@ -213,12 +213,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the networks' pictures")
     args = parser.parse_args()
     if args.out:
-        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": rows(args.out, args.control)}
+        found = rows(args.out, args.control)
+        record = {"tests": TESTS, "resamples": RESAMPLES, "rows": found}
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
         shown: dict[str, list[str]] = {}  # every competitor of the table
-        for row in record["rows"]:
+        for row in found:
             if row["test"] == "test_jpeg":
                 shown.setdefault(row["network"], []).append(row["arm"])
         for network, arms in shown.items():

@@ -85,6 +85,7 @@ def ours(module: WDATModule, batches: list[Batch], n_train: int, precision: torc
     optimizer = torch.optim.SGD(module.network.parameters(), lr=1e-4, momentum=0.9)
     module.log = lambda *arguments, **options: None  # type: ignore[method-assign]
     module.sensitivity.begin(n_train, module.threat.q, 0, ALONE)
+    assert module.attack is not None
     norms = torch.ones(n_train)
     with undisturbed(module.network):
         for batch in batches:
