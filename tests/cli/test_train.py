@@ -503,7 +503,7 @@ def test_a_network_of_the_zoo_trains(tmp_path):
     place.parent.mkdir(parents=True)
     torch.save(network.state_dict(), place)
     few = ["data.limit_train=8", "data.limit_val=5", "data.limit_test=5", "data.batch_size=4"]
-    short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pointwise", "distributional")]
+    short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pgd", "wpgd")]
     result = train(
         "model=robustbench", f"model.name={name}", "model.root=zoo", "data=digits", "trainer.max_epochs=1",
         "attack.steps=2", "evaluation.curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",

@@ -235,7 +235,7 @@ def test_a_real_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """`train.py`, `evaluate.py` on its checkpoint, `export`: the card holds the records' figures."""
     monkeypatch.chdir(tmp_path)
     few = ["data.limit_test=20", "data=digits", "model=small_cnn", "threat.delta=0.1"]
-    steps = [f"callbacks.robust_evaluation.{kind}.steps=2" for kind in ("pointwise", "distributional")]
+    steps = [f"evaluation.attack_options.{kind}.steps=2" for kind in ("pgd", "wpgd")]
     trained = run_script(
         ROOT / "train.py", *few, *steps, "trainer.max_epochs=1", "attack.steps=2", "data.limit_train=32",
         "data.limit_val=8", "evaluation.curve=[]", "averaging=ema", "trainer.accelerator=cpu", "hydra.run.dir=run",
