@@ -43,4 +43,4 @@ def test_nobody_waits_for_a_process_that_is_gone(launch, mode, seconds):
     assert "timeout" in text
     assert text.endswith("; go on with resume=RUN") is (mode == "ddp")
     assert second.status == (0 if mode == "hang" else 3), second.err
-    assert time.monotonic() - started < 55
+    assert time.monotonic() - started < 150, "far below the limit of those that have 200 seconds"
