@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluate": "what is measured of the same network on the same data",
 }
 MAY_CHANGE = (
-    "trainer", "logger", "callbacks", "evaluation", "curve", "resume", "optimizer.lr", "schedule.optimizer.lr",
+    "trainer", "logger", "callbacks", "evaluation", "resume", "optimizer.lr", "finetune.channels_last", "finetune.compile",
     "channels_last", "compile", "finetune.channels_last", "finetune.compile",
     "data.root", "data.download", "data.eval_batch_size", "data.on_device", "data.workers",
 )  # fmt: skip
