@@ -33,9 +33,8 @@ ALLOWED = {
     "evaluate": "what is measured of the same network on the same data",
 }
 MAY_CHANGE = (
-    "trainer", "logger", "callbacks", "evaluation", "resume", "optimizer.lr", "finetune.channels_last", "finetune.compile",
-    "channels_last", "compile", "finetune.channels_last", "finetune.compile",
-    "data.root", "data.download", "data.eval_batch_size", "data.on_device", "data.workers",
+    "trainer", "logger", "callbacks", "evaluation", "resume", "optimizer.lr", "finetune.channels_last",
+    "finetune.compile", "data.root", "data.download", "data.eval_batch_size", "data.on_device", "data.workers",
 )  # fmt: skip
 """What a resumed training may change: its length, devices, loggers, evaluation and learning rate."""
 FIXED = ("model", "data.source", "data.path", "data.num_classes")
