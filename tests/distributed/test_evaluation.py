@@ -40,7 +40,9 @@ def same_figures(alone, shared, case):
     n, precision = case
     for a, b in zip(alone, shared, strict=True):
         about = (case, a["attack"], a["loss"])
-        assert (a["attack"], a["accuracy"], n, n) == (b["attack"], b["accuracy"], b["n"], b["set_size"]), about
+        assert (a["attack"], n, n) == (b["attack"], b["n"], b["set_size"]), about
+        # The knapsack's optimum has a share of one image, which rounding of distances moves.
+        assert b["accuracy"] == pytest.approx(a["accuracy"], abs=1e-6 / n), about
         if precision == "float64":
             alike(a, b, rel=1e-9, path=about)
         for key, precise in (("loss_mean", 1e-5), ("upsilon", 1e-6), ("loss_misclassified", 1e-6)):
