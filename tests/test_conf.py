@@ -35,7 +35,7 @@ CONTRACT = {
         "preact_resnet18 wrn_28_10 resnet2b resnet4b cnn_a small_cnn custom",
         "",
     ),
-    "data": ("cifar10 cifar100 imagenet npz digits", ""),
+    "data": ("cifar10 cifar100 imagenet folder npz digits", ""),
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
     "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", "critical_draw"),
     "objective": ("wdat trades combined pgd_at clean", "attack_at"),

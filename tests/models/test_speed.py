@@ -18,7 +18,8 @@ from wdat.data import ImageDataModule
 from wdat.models.local import LOCAL
 from wdat.objectives import WDAT
 from wdat.sensitivity import Table
-from wdat.training.module import WDATModule, is_compiled
+from wdat.training.module import WDATModule
+from wdat.training.step import is_compiled
 from wdat.training.schedulers import Constant
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
