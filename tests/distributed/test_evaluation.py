@@ -40,7 +40,11 @@ def same_figures(alone, shared, case):
     n, precision = case
     for a, b in zip(alone, shared, strict=True):
         about = (case, a["attack"], a["loss"])
-        assert (a["attack"], a["accuracy"], n, n) == (b["attack"], b["accuracy"], b["n"], b["set_size"]), about
+        accuracy = a["accuracy"]
+        if a["attack"] == "knapsack":  # the last image is attacked fractionally
+            accuracy = pytest.approx(accuracy, abs=1e-9 if precision == "float64" else 1 / n)
+        assert (a["attack"], n, n) == (b["attack"], b["n"], b["set_size"]), about
+        assert b["accuracy"] == accuracy, about
         if precision == "float64":
             alike(a, b, rel=1e-9, path=about)
         for key, precise in (("loss_mean", 1e-5), ("upsilon", 1e-6), ("loss_misclassified", 1e-6)):
