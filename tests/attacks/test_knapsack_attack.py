@@ -11,10 +11,12 @@ from torch import nn
 
 from wdat import models
 from wdat.attacks import Context, build
-from wdat.attacks.knapsack import certified_figures
+from wdat.attacks.knapsack import Knapsack, certified_figures
+from wdat.attacks.knapsack_allocation import solve
 from wdat.errors import SettingError
 from wdat.evaluation.evaluator import Evaluator, ImageTensors
-from wdat.evaluation.session import read_radii
+from wdat.evaluation.session import Session, read_radii
+from wdat.records import RecordFile, read
 from wdat.threat import ThreatModel
 
 SEARCH = {"starts": 1, "targets": 3, "steps": 30, "bisections": 14}
@@ -182,6 +184,49 @@ def test_everything_misclassified(p, delta):
     assert torch.equal(build("knapsack", **SEARCH)(network, x, y, ThreatModel(p, "linf", delta)).x_adv, x)
 
 
+def test_a_larger_budget_goes_on_where_the_points_serve_a_smaller_one():
+    network, x, y = linear()
+    distances = closed_form(network, x, y, "l2")
+    small, large = (ThreatModel(2, "l2", share * float(np.median(distances))) for share in (0.2, 0.6))
+    attack = build("knapsack", **SEARCH)
+    nearest = attack.find(network, x, y, "l2", threats=[small])
+    assert nearest.serves(small)
+    assert not nearest.serves(large)
+    first, then = (build("knapsack", **SEARCH, nearest=nearest)(network, x, y, t).details for t in (small, large))
+    assert small.delta * (1 - 1e-9) <= first["valid_up_to"] < large.delta <= then["valid_up_to"] * (1 + 1e-9)
+    assert then["accuracy"] == pytest.approx(by_hand(distances, 2, large.delta), abs=0.01)
+    assert len(first["effort"]) < len(then["effort"])
+    whole = build("knapsack", **SEARCH, nearest=attack.find(network, x, y, "l2"))(network, x, y, small).details
+    assert whole["valid_up_to"] is None
+    assert whole["accuracy"] == pytest.approx(first["accuracy"], abs=1e-9)
+    beyond = float(np.mean(distances > small.delta))
+    assert first["pointwise_accuracy"] == pytest.approx(beyond, abs=1 / len(y) + 1e-9)
+
+
+def test_an_evaluation_searches_further_for_a_larger_budget(tmp_path, monkeypatch):
+    """One file of points serves all budgets; the further search has what was found as its start."""
+    network, x, y = linear()
+    calls, find = [], Knapsack.find
+
+    def spy(self, *arguments, previous=None, **options):
+        calls.append(previous)
+        return find(self, *arguments, previous=previous, **options)
+
+    monkeypatch.setattr(Knapsack, "find", spy)
+    middle = float(np.median(closed_form(network, x, y, "linf")))
+    attack = build("knapsack", **SEARCH)
+    for share in (0.2, 0.1, 0.6, 0.5):
+        session = Session(Evaluator(network, ImageTensors(x, y)), RecordFile(tmp_path / "records.json"), tmp_path)
+        session.attacked(attack, ThreatModel(2, "linf", share * middle))
+    assert [previous is None for previous in calls] == [True, False], "for 0.2 and, from there, for 0.6"
+    records = read(tmp_path / "records.json")
+    whole = attack.find(network, x, y, "linf")
+    for record in records:
+        wanted = solve(whole.distances, ThreatModel(2, "linf", record.delta)).accuracy
+        assert record.accuracy == pytest.approx(wanted, abs=1e-9)
+        assert record.details["valid_up_to"] >= record.delta * (1 - 1e-9)
+
+
 def test_nothing_misclassified():
     network, x, y = linear(wrong=0)
     assert record_of(network, x, y, ThreatModel(2, "linf", 0)).accuracy == 1
@@ -249,7 +294,8 @@ def test_two_processes_are_one(together, norm, p):
 
 
 def test_impossible_searches_are_refused_when_the_attack_is_made():
-    for option, value in {"steps": 0, "starts": 0, "targets": -1, "bisections": -1, "fab": -1}.items():
+    wrong = {"steps": 0, "starts": -1, "targets": -1, "bisections": -1, "fab": -1, "effort": "deep"}
+    for option, value in wrong.items():
         with pytest.raises(SettingError, match=option):
             build("knapsack", **{option: value})
 

@@ -196,10 +196,10 @@ def searches(worked):
     return [norm for kind, norm in worked if kind == "search"]
 
 
-def test_one_search_serves_every_budget_and_order(session, worked, tmp_path):
+def test_one_search_serves_every_smaller_budget_and_order(session, worked, tmp_path):
     one, attack = session(), build("knapsack", **SEARCH)
     for p in (1, 2, math.inf):
-        for delta in (0.005, 0.02):
+        for delta in (0.02, 0.005):
             one.attacked(attack, ThreatModel(p, "linf", delta))
     session().attacked(build("knapsack", **SEARCH), ThreatModel(4, "linf", 0.02))  # in a new interpreter
     assert searches(worked) == ["linf"]
@@ -212,7 +212,10 @@ def test_kept_flips_give_what_fresh_ones_give(session, tmp_path):
     (tmp_path / "fresh").mkdir()
     session(folder=tmp_path / "fresh").attacked(build("knapsack", **SEARCH), THREAT)
     kept, fresh = read(tmp_path / "records.json")[-1], read(tmp_path / "fresh" / "records.json")[0]
-    assert (kept.accuracy, kept.distance, kept.details) == (fresh.accuracy, fresh.distance, fresh.details)
+    assert (kept.accuracy, kept.distance) == (fresh.accuracy, fresh.distance)
+    history = ("effort", "valid_up_to")  # the search went on where one for the smaller budget had ended
+    kept, fresh = ({k: v for k, v in r.details.items() if k not in history} for r in (kept, fresh))
+    assert kept == fresh
 
 
 def test_an_attack_stopped_after_its_search_goes_on_from_it(session, worked, monkeypatch):
@@ -259,7 +262,7 @@ def test_saved_distances(session, worked, problem, tmp_path):
     one.attacked(attack, THREAT)
     one.save_distances([build("pgd"), attack], "linf")
     session().save_distances([build("knapsack", **SEARCH)], "linf")
-    assert searches(worked) == ["linf"]
+    assert searches(worked) == ["linf", "linf"], "a second one for the images that no budget asked for"
     with np.load(tmp_path / "distances_linf.npz") as saved:
         assert set(saved) == {"distances", "labels"}
         assert saved["labels"].tolist() == problem[1].y.tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wdat.evaluation.statistics import bootstrap_interval
+from wdat.evaluation.statistics import bootstrap_interval, masking_warning
+from wdat.records import Record
 
 
 @pytest.mark.parametrize(("hits", "n"), [(50, 100), (3, 40), (580, 846), (1, 7), (39, 40)])
@@ -24,3 +25,25 @@ def test_the_interval_is_that_of_resampling(hits, n, level):
 def test_fixed_outcomes_have_no_spread(n):
     assert bootstrap_interval(0, n) == (0.0, 0.0)
     assert bootstrap_interval(n, n) == (1.0, 1.0)
+
+
+def _record(attack, accuracy, delta=0.03, **details):
+    return Record(
+        stage="evaluate", split="test", epoch=None, device="cpu", n=100, set_size=100, network="net", checkpoint="",
+        data="d", seed=0, attack=attack, options={}, loss="0-1", p=2.0, norm="linf", delta=delta, accuracy=accuracy,
+        accuracy_low=0, accuracy_high=1, loss_mean=None, distance=0.0, seconds=0.0, details=details,
+    )  # fmt: skip
+
+
+def test_a_knapsack_that_leaves_more_than_autoattack_is_warned_of():
+    autoattack = _record("autoattack", 0.20)
+    assert masking_warning([autoattack, _record("knapsack", 0.1, pointwise_accuracy=0.20)]) is None
+    assert masking_warning([_record("knapsack", 0.1, pointwise_accuracy=0.9)]) is None
+    assert masking_warning([autoattack, _record("knapsack", 0.1, delta=0.02, pointwise_accuracy=0.9)]) is None
+    assert masking_warning([autoattack, _record("knapsack", 0.1)]) is None, "a record from before this figure"
+    text = masking_warning([autoattack, *[_record("knapsack", 0.1, pointwise_accuracy=0.25)] * 2])
+    assert text is not None
+    assert text.count("\n") == 0
+    assert "25.0 %" in text
+    assert "20.0 %" in text
+    assert "effort=thorough" in text

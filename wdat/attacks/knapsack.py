@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 
 from wdat.attacks.base import Attack, Context, Moved
 from wdat.attacks.knapsack_allocation import Allocation, bootstrap, curve, solve
-from wdat.attacks.minimum_norm import NearestAdversarial, Search, nearest_adversarial
-from wdat.distributed import together
+from wdat.attacks.minimum_norm import NearestAdversarial, nearest_adversarial
+from wdat.attacks.search import Search
 from wdat.gradients import ordinary, undisturbed
 from wdat.threat import ThreatModel
 
@@ -26,18 +28,26 @@ class Knapsack(Attack):
     an upper bound of A_δ, because distances are those of points that were found.
 
     Attributes:
-        starts, targets, steps, bisections, fab, fab_targets, seed: How hard to look, as `Search` has it.
-        nearest: Distances computed before, on the same images, with the same network and norm; None computes them.
+        effort: How hard to look: `quick`, `default` or `thorough`, as `Search` has them.
+        seed: Of random starts.
+        candidates, targets, penalty, starts, steps, refine, bisections, fab, fab_targets: As `Effort` has them; None
+            leaves the effort's own.
+        nearest: Points found before, by the same search, on the same images, with the same network and norm; for a
+            larger budget than they serve the search goes on. None searches.
     """
 
     name: ClassVar[str] = "knapsack"
-    starts: int = field(default=Search.starts, kw_only=True)
-    targets: int = field(default=Search.targets, kw_only=True)
-    steps: int = field(default=Search.steps, kw_only=True)
-    bisections: int = field(default=Search.bisections, kw_only=True)
-    fab: int = field(default=Search.fab, kw_only=True)
-    fab_targets: int = field(default=Search.fab_targets, kw_only=True)
+    effort: str = field(default=Search.effort, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    candidates: int | None = field(default=None, kw_only=True)
+    targets: int | None = field(default=None, kw_only=True)
+    penalty: int | None = field(default=None, kw_only=True)
+    starts: int | None = field(default=None, kw_only=True)
+    steps: int | None = field(default=None, kw_only=True)
+    refine: int | None = field(default=None, kw_only=True)
+    bisections: int | None = field(default=None, kw_only=True)
+    fab: int | None = field(default=None, kw_only=True)
+    fab_targets: int | None = field(default=None, kw_only=True)
     nearest: NearestAdversarial | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -54,22 +64,47 @@ class Knapsack(Attack):
         return Search(**{f.name: getattr(self, f.name) for f in fields(Search)})
 
     def find(
-        self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context | None = None
+        self,
+        network: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        norm: str,
+        context: Context | None = None,
+        threats: Sequence[ThreatModel] = (),
+        previous: NearestAdversarial | None = None,
     ) -> NearestAdversarial:
-        """Search the nearest adversarial points of this process's images (N, C, H, W) with labels (N,)."""
+        """Search the nearest adversarial points of this process's images (N, C, H, W) with labels (N,).
+
+        Args:
+            network: Takes images in [0, 1], gives logits (N, K); left as it was found.
+            x: Images in [0, 1].
+            y: Labels.
+            norm: Ground norm.
+            context: What surrounds the call; all its processes make it.
+            threats: Budgets to serve; none searches every image to the end.
+            previous: What the same search found for smaller budgets.
+        """
         x, y = ordinary(x, y)
         with undisturbed(network), torch.autocast(x.device.type, enabled=False):
-            return self._search(network, x, y, norm, context or Context())
+            return self._search(network, x, y, norm, context or Context(), threats, previous)
 
-    def _search(self, network: nn.Module, x: Tensor, y: Tensor, norm: str, context: Context) -> NearestAdversarial:
-        return nearest_adversarial(network, x, y, norm, self.search, context.progress, context.index)
+    def _search(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        norm: str,
+        context: Context,
+        threats: Sequence[ThreatModel],
+        previous: NearestAdversarial | None,
+    ) -> NearestAdversarial:
+        around = (context.progress, context.index, threats, previous, context.processes)
+        return nearest_adversarial(network, x, y, norm, self.search, *around)
 
     def _run(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, context: Context) -> Moved:
-        if self.nearest is None:
-            with together(context.processes):
-                nearest = self._search(network, x, y, threat.norm, context)
-        else:
-            nearest = self.nearest
+        nearest = self.nearest
+        if nearest is None or not nearest.serves(threat, context.processes):
+            nearest = self._search(network, x, y, threat.norm, context, [threat], nearest)
         whole, optimum = divide(nearest, threat, context)
         x_adv = torch.where(whole.view(-1, *[1] * (x.dim() - 1)), nearest.x_adv, x)
         radii = torch.where(whole, nearest.distances, 0.0)
@@ -96,8 +131,15 @@ def divide(nearest: NearestAdversarial, threat: ThreatModel, context: Context) -
 def figures(nearest: NearestAdversarial, optimum: Allocation, threat: ThreatModel, context: Context) -> dict[str, Any]:
     """What records and pictures say of the knapsack; keys as in `wdat.evaluation.details`."""
     gather = context.processes.gather
-    effort = [[passes, solve(gather(then), threat).accuracy] for passes, then in nearest.effort]
-    return {"bound": "upper", "effort": effort, **_optimum(gather(nearest.distances), optimum, threat)}
+    effort = [[round(passes, 1), solve(gather(then), threat).accuracy] for passes, then in nearest.effort]
+    served, distances = nearest.served(threat.p, context.processes), gather(nearest.distances)
+    about = {
+        "bound": "upper",
+        "effort": effort,
+        "valid_up_to": None if math.isinf(served) else served,
+        "pointwise_accuracy": solve(distances, threat.pointwise()).accuracy,
+    }
+    return {**about, **_optimum(distances, optimum, threat)}
 
 
 def certified_figures(radii: Tensor, threat: ThreatModel) -> dict[str, Any]:

@@ -1,30 +1,40 @@
-"""Nearest-flip distances: how far each image is from the nearest point where the network errs.
+"""Nearest adversarial points: how far each image is from the nearest point where the network errs.
 
-Every distance is that of a point found, stored in [0, 1] and verified by a forward pass, so it is never too small. The
-search is a descent of the radius in the manner of FMN (Pintor et al. 2021, arXiv 2102.12827): ascend the margin on a
-sphere that shrinks while the image is misclassified and grows while it is not. First towards several target classes,
-which gains most, then untargeted, from the nearest point so far and from random ones; then FAB if wanted; after each
-stage bisection towards the image. The nearest point of all stages is kept.
+Every distance is that of a point found, stored in [0, 1] and verified by a forward pass, so it is never too small.
+Stages follow each other: descents of the radius towards the nearest classes, a penalty descent, untargeted descents
+from the nearest point so far and from random ones, FAB if wanted; `wdat.attacks.search` says which. After each stage
+comes bisection towards the image, and the nearest point of all stages is kept.
+
+Where budgets are named, an image whose distance is clearly beyond what they pay for leaves between two stages. What an
+image finds depends on no other image, so a search that goes on later, for a larger budget, ends where one for that
+budget would have ended.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from wdat.attacks.descent import FAR, FINE, Best, descend, nearest_classes, towards
 from wdat.attacks.fab import fab_points
-from wdat.errors import SettingError
-from wdat.gradients import forward, input_gradients
-from wdat.losses import correct, margin, predictions
+from wdat.attacks.knapsack_allocation import solve
+from wdat.attacks.passes import Counted
+from wdat.attacks.penalty import penalise
+from wdat.attacks.search import Effort, Search
+from wdat.distributed import ALONE, Processes, together
+from wdat.gradients import forward
+from wdat.losses import correct, margin
 from wdat.seeding import generator
-from wdat.threat import contract, direction, dual_norm, image_norm, per_image
+from wdat.threat import ThreatModel, contract, image_norm, per_image
 
 Report = Callable[[int, int], None]
+Stage = Callable[[Best, Tensor], None]  # improves a chunk, whose images have the places (N,) in the set
+
+FIRST_SLACK, SLACK = 1.3, 1.15  # after the first stage, and later: images beyond this multiple of d* leave
 
 
 @dataclass(frozen=True)
@@ -34,195 +44,180 @@ class NearestAdversarial:
     Attributes:
         x_adv: (N, ...), the points; the images themselves where no point was found.
         distances: (N,), in pixel units: 0 where the image is misclassified as it is, inf where no point was found.
-        effort: After each stage of the search, gradient passes an image so far and the distances then, (N,).
+        effort: After each stage of the search, forward and backward passes an attacked image so far, and the distances
+            then, (N,).
+        reach: Distances up to this one are those of a whole search; larger ones may come from a part of it. inf where
+            the search was whole for all images.
+        stages: (N,), how many stages each image has been through.
     """
 
     x_adv: Tensor
     distances: Tensor
-    effort: list[tuple[int, Tensor]] = field(default_factory=list)
+    effort: list[tuple[float, Tensor]]
+    reach: float
+    stages: Tensor
+
+    def serves(self, threat: ThreatModel, processes: Processes = ALONE) -> bool:
+        """Whether the knapsack of this threat pays only for distances of a whole search; all processes call it."""
+        return math.isinf(self.reach) or _needed(processes.gather(self.distances), [threat]) <= self.reach
+
+    def served(self, p: float, processes: Processes = ALONE) -> float:
+        """The largest budget of order p that is served, inf for all; all processes call it."""
+        if math.isinf(self.reach) or math.isinf(p):
+            return self.reach
+        d = processes.gather(self.distances).double()
+        paid = d[d <= self.reach]
+        largest = float(paid.max()) if len(paid) else 0.0
+        return largest * float(((paid / largest) ** p).sum() / len(d)) ** (1 / p) if largest else 0.0
 
 
-@dataclass(frozen=True)
-class Search:
-    """How hard to look.
-
-    Attributes:
-        starts: Untargeted descents: the first from the nearest point so far, the others from random points at its
-            distance.
-        targets: Targeted descents before them, towards the classes with the nearest linearised boundaries.
-        steps: Steps of each descent.
-        bisections: Halvings between the image and the point found, after each descent.
-        batch_size: Images per pass.
-        seed: Of the random starts, which are drawn for each image by its place in the set.
-        fab: Steps of FAB on top; 0 for none.
-        fab_targets: Classes that FAB runs towards; 0 runs it once untargeted, where a step costs a pass a class.
-    """
-
-    starts: int = 2
-    targets: int = 3
-    steps: int = 50
-    bisections: int = 8
-    batch_size: int = 512
-    seed: int = 0
-    fab: int = 0
-    fab_targets: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("starts", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"attack_options.knapsack.{name}={getattr(self, name)} must be at least 1")
-        for name in ("targets", "bisections", "seed", "fab", "fab_targets"):
-            if getattr(self, name) < 0:
-                raise SettingError(f"attack_options.knapsack.{name}={getattr(self, name)} must not be negative")
+def _needed(distances: Tensor, threats: Sequence[ThreatModel]) -> float:
+    """The largest distance, of a whole set, that the knapsacks of these threats look at; inf for no threat."""
+    if not threats:
+        return math.inf
+    return max(t.delta if t.is_pointwise else solve(distances, t).critical for t in threats)
 
 
-def _flipped(logits: Tensor, y: Tensor) -> Tensor:
-    """Misclassified by more than rounding, (N,): the verdict outlives another batch composition.
+class _Part:
+    """This process's part of the set, while it is searched."""
 
-    Logits that aren't finite are wrong.
-    """
-    slack = 64 * torch.finfo(torch.float32 if logits.dtype != torch.float64 else torch.float64).eps
-    return (margin(logits, y) > slack * logits.abs().amax(1)) | (predictions(logits) < 0)
+    def __init__(
+        self, network: Counted, x: Tensor, y: Tensor, norm: str, effort: Effort, search: Search, places: Tensor
+    ) -> None:
+        self.network, self.x, self.y, self.norm, self.places = network, x, y, norm, places
+        self.effort, self.search = effort, search
+        self.points, self.distances = x.clone(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        self.plan = _stages(effort, search.seed, forward(network.network, x[:0]).shape[1])  # a blank image, not counted
+        self.number = len(self.plan)
+        self.stages = torch.full_like(y, self.number)  # misclassified images are through
+        self.moved = torch.zeros_like(y, dtype=torch.bool)
 
+    def begin(self, previous: NearestAdversarial | None) -> None:
+        """Find what there is to search, or take up a search where it was left."""
+        if previous is not None:
+            self.points, self.distances = previous.x_adv.clone(), previous.distances.clone()
+            self.stages = previous.stages.clone()
+            return
+        if not len(self.x):
+            return
+        right = correct(forward(self.network, self.x, self.search.batch_size), self.y)
+        self.distances = torch.where(right, torch.inf, self.distances)
+        self.stages = torch.where(right, 0, self.stages)
 
-class _Best:
-    """The nearest verified nearest so far of one chunk of images."""
+    def attacked(self) -> int:
+        """Images that are classified correctly."""
+        return int((self.distances > 0).sum())
 
-    def __init__(self, network: nn.Module, x: Tensor, y: Tensor, norm: str) -> None:
-        self.network, self.x, self.y, self.norm = network, x, y, norm
-        wrong = ~correct(forward(network, x, len(x)), y)
-        self.points = x.clone()
-        self.distances = torch.where(wrong, 0.0, torch.inf).to(x.dtype)
+    def active(self, stage: int, within: float) -> Tensor:
+        """Rows of the images that go through this stage: none is known to be further than `within`."""
+        near = (self.distances <= within) | self.distances.isinf()
+        return ((self.stages == stage) & near & (self.distances > 0)).nonzero().squeeze(1)
 
-    def offer(self, points: Tensor, logits: Tensor) -> None:
-        """Keep the points (N, ...), with their logits (N, K), that are misclassified and nearer than what is known."""
-        distances = image_norm(points - self.x, self.norm)
-        nearer = _flipped(logits, self.y) & (distances < self.distances)
-        self.distances = torch.where(nearer, distances, self.distances)
-        self.points = torch.where(nearer.view(-1, *[1] * (points.dim() - 1)), points, self.points)
-
-    def bisect(self, times: int) -> None:
-        """Move along the segments from the images to their points."""
-        low = torch.zeros_like(self.distances)
-        high = torch.ones_like(self.distances)
-        ends = self.points
-        for _ in range(times):
-            middle = (low + high) / 2
-            points = (self.x + per_image(middle, self.x) * (ends - self.x)).clamp_(0, 1)
-            logits = forward(self.network, points, len(points))
-            self.offer(points, logits)
-            flipped = _flipped(logits, self.y)
-            low, high = torch.where(flipped, low, middle), torch.where(flipped, middle, high)
-
-
-def _descend(best: _Best, start: Tensor, loss: Callable[[Tensor, Tensor], Tensor], steps: int) -> None:
-    """One descent of the radius from `start` (N, ...)."""
-    network, x, y, norm = best.network, best.x, best.y, best.norm
-    z, radius = start, torch.full_like(best.distances, torch.nan)
-    for step in range(steps):
-        cosine = (1 + math.cos(math.pi * step / steps)) / 2
-        rate, growth = 0.02 + 0.98 * cosine, 0.001 + 0.199 * cosine
-        g = input_gradients(network, z, y, loss, len(z))
-        flipped = _flipped(g.logits, y)
-        best.offer(z, g.logits)
-        # The distance at which the loss would vanish if it were linear: where to begin.
-        linear = (-g.loss).clamp_min(0) / dual_norm(g.gradient, norm).clamp_min(1e-12)
-        radius = torch.where(radius.isnan(), image_norm(z - x, norm) + linear, radius)
-        radius = torch.where(flipped, torch.minimum(radius, best.distances) * (1 - growth), radius * (1 + growth))
-        radius = torch.minimum(radius, best.distances).clamp_max(1e3)
-        z = z + per_image(rate * radius, z) * direction(g.gradient, norm)
-        z = contract(x, z, radius, norm).clamp_(0, 1)
-    best.offer(z, forward(network, z, len(z)))
-
-
-def _towards(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss z_t − z_y of a targeted descent."""
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return (logits.gather(1, target[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
-
-    return loss
-
-
-def _candidates(wanted: int, classes: int) -> int:
-    """How many classes are looked at for the wanted ones; a gradient pass each."""
-    return min(classes - 1, max(10, wanted))
-
-
-def _nearest_classes(best: _Best, wanted: int) -> Tensor:
-    """Where to run to: of the ten classes with the largest logits, those with the nearest linearised boundaries.
-
-    Returns:
-        Classes by that distance, (N, at least `wanted`).
-    """
-    x, y = best.x, best.y
-    likely = forward(best.network, x, len(x)).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-    likely = likely[:, : _candidates(wanted, likely.shape[1])]
-    columns = []
-    for target in likely.unbind(1):
-        g = input_gradients(best.network, x, y, _towards(target), len(x))
-        columns.append(-g.loss / dual_norm(g.gradient, best.norm).clamp_min(1e-12))
-    return likely.gather(1, torch.stack(columns, 1).argsort(stable=True, dim=1))
-
-
-def _passes(search: Search, classes: int) -> list[int]:
-    """Gradient passes an image after each stage of the search."""
-    targets = min(search.targets, classes - 1)
-    taken = [search.steps] * (targets + search.starts)
-    if targets:
-        taken[0] += _candidates(targets, classes)
-    if search.fab:
-        taken.append(search.fab * (min(search.fab_targets, classes - 1) or classes))
-    return list(accumulate(taken))
-
-
-def _start(best: _Best, search: Search, start: int, rows: Tensor) -> Tensor:
-    """Where an untargeted descent begins: the nearest points so far, the images themselves where there are none."""
-    if not start:
-        return best.points
-    x = best.x
-    draws = [torch.rand(x.shape[1:], generator=generator(search.seed, "search", start, row)) for row in rows.tolist()]
-    noise = torch.stack(draws).to(x) * 2 - 1
-    reach = best.distances.where(best.distances.isfinite(), best.distances.new_tensor(0.03))
-    return contract(x, x + per_image(reach, x) * noise, reach, best.norm).clamp_(0, 1)
-
-
-def _stages(best: _Best, search: Search, rows: Tensor) -> Iterator[None]:
-    """The stages of the search on one chunk, whose images have the places `rows` (N,) in the set."""
-    x, y = best.x, best.y
-    classes = forward(best.network, x[:1]).shape[1]
-    if targets := min(search.targets, classes - 1):
-        for target in _nearest_classes(best, targets)[:, :targets].unbind(1):
-            _descend(best, x, _towards(target), search.steps)
-            best.bisect(search.bisections)
-            yield
-    for start in range(search.starts):
-        _descend(best, _start(best, search, start, rows), margin, search.steps)
-        best.bisect(search.bisections)
-        yield
-    if search.fab:
-        points = fab_points(best.network, x, y, best.norm, search.fab, targets=search.fab_targets, seed=search.seed)
-        best.offer(points, forward(best.network, points, len(points)))
-        best.bisect(search.bisections)
-        yield
-
-
-def _settle(network: nn.Module, x: Tensor, y: Tensor, points: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Verify the points in other batches than those of the search; what fails is pushed outwards by a hair.
-
-    Returns:
-        The points, and which are misclassified, (N,).
-    """
-    settled, done = points, torch.zeros_like(y, dtype=torch.bool)
-    for push in (0.0, 1e-6, 1e-5, 1e-4, 1e-3):
-        rows = (~done).nonzero().squeeze(1).flip(0)
+    def advance(self, stage: int, rows: Tensor, report: Callable[[int], None]) -> None:
+        """Take these images through a stage."""
+        done = 0
         if not len(rows):
-            break
-        outer = points[rows] if push == 0 else (points[rows] + push * (points[rows] - x[rows])).clamp(0, 1)
-        wrong = ~correct(forward(network, outer, batch_size // 2 + 1), y[rows])
-        settled = settled.index_copy(0, rows[wrong], outer[wrong])
-        done[rows[wrong]] = True
-    return settled, done
+            return
+        for here in rows.split(self.search.batch_size):  # type: ignore[no-untyped-call]
+            chunk = (self.x[here], self.y[here], self.norm, self.points[here], self.distances[here])
+            best = Best(self.network, *chunk)
+            self.plan[stage](best, self.places[here.cpu()])
+            best.bisect(self.effort.bisections)
+            self.points[here], self.distances[here], self.stages[here] = best.points, best.distances, stage + 1
+            self.moved[here] = True
+            done += len(here)
+            report(done)
+
+    def settle(self) -> None:
+        """Verify the points in other batches than those of the search; what fails is pushed outwards by a hair."""
+        left = (self.moved & self.distances.isfinite()).nonzero().squeeze(1).flip(0)
+        found, half = self.points.clone(), self.search.batch_size // 2 + 1
+        for push in (0.0, 1e-6, 1e-5, 1e-4, 1e-3):
+            if not len(left):
+                return
+            points, origin = found[left], self.x[left]
+            outer = points if push == 0 else (points + push * (points - origin)).clamp(0, 1)
+            wrong = ~correct(forward(self.network, outer, half), self.y[left])
+            self.points[left] = torch.where(per_image(wrong, outer).bool(), outer, origin)
+            distances = image_norm(self.points[left] - origin, self.norm)
+            self.distances[left] = torch.where(wrong, distances, torch.inf)
+            left = left[~wrong]
+
+
+def _targeted(effort: Effort, number: int) -> Stage:
+    """A descent from the images towards the class with the nearest linearised boundary, or a further one."""
+
+    def run(best: Best, places: Tensor) -> None:
+        classes, first = nearest_classes(best, effort.candidates)
+        target = towards(classes[:, number])
+        descend(best, best.x, target, effort.steps, FAR, None if number else first)
+
+    return run
+
+
+def _untargeted(effort: Effort, number: int, seed: int) -> Stage:
+    """A descent from the nearest points so far, or from random points at their distance."""
+
+    def run(best: Best, places: Tensor) -> None:
+        if not number:
+            descend(best, best.points, margin, effort.refine, FINE)
+            return
+        draws = [torch.rand(best.x.shape[1:], generator=generator(seed, "search", number, k)) for k in places.tolist()]
+        noise = torch.stack(draws).to(best.x) * 2 - 1
+        reach = best.distances.where(best.distances.isfinite(), best.distances.new_tensor(0.03))
+        start = contract(best.x, best.x + per_image(reach, best.x) * noise, reach, best.norm).clamp_(0, 1)
+        descend(best, start, margin, effort.steps, FAR)
+
+    return run
+
+
+def _penalty(effort: Effort) -> Stage:
+    """A penalty descent from the images; in linf a descent of the radius follows, from the points it found."""
+
+    def run(best: Best, places: Tensor) -> None:
+        points = penalise(best, best.x, effort.penalty)
+        if best.norm == "linf":
+            descend(best, points, margin, effort.refine, FINE)
+
+    return run
+
+
+def _fab(effort: Effort, seed: int) -> Stage:
+    def run(best: Best, places: Tensor) -> None:
+        found = fab_points(best.network, best.x, best.y, best.norm, effort.fab, targets=effort.fab_targets, seed=seed)
+        best.offer(found, forward(best.network, found, len(found)))
+
+    return run
+
+
+def _stages(effort: Effort, seed: int, classes: int) -> list[Stage]:
+    """What an image goes through, in order."""
+    stages = [_targeted(effort, number) for number in range(min(effort.targets, effort.candidates, classes - 1))]
+    if effort.penalty:
+        stages.append(_penalty(effort))
+    stages += [_untargeted(effort, number, seed) for number in range(effort.starts)]
+    if effort.fab:
+        stages.append(_fab(effort, seed))
+    return stages
+
+
+def _rounds(part: _Part, threats: Sequence[ThreatModel], processes: Processes) -> Iterator[tuple[int, Tensor, bool]]:
+    """Which images go through which stage next, until all that a budget may pay for are through.
+
+    Yields:
+        The stage, the rows of this process's images, and whether it is the first round.
+    """
+    first = some = True
+    while some:
+        some = False
+        for stage in range(part.number):
+            within = (FIRST_SLACK if stage == 1 else SLACK) * _needed(processes.gather(part.distances), threats)
+            rows = part.active(stage, within if stage and part.effort.leave else math.inf)
+            wanted = bool(processes.sum([float(len(rows))])[0])
+            some |= wanted
+            if first or wanted:
+                yield stage, rows, first
+        first = False
 
 
 def nearest_adversarial(
@@ -233,44 +228,55 @@ def nearest_adversarial(
     search: Search,
     report: Report | None = None,
     rows: Tensor | None = None,
+    threats: Sequence[ThreatModel] = (),
+    previous: NearestAdversarial | None = None,
+    processes: Processes = ALONE,
 ) -> NearestAdversarial:
     """Search the nearest misclassified point of each image; call it inside `wdat.gradients.undisturbed`.
 
+    All processes that share the set make the same call, also one without images.
+
     Args:
         network: Takes images in [0, 1], gives logits (N, K).
-        x: Images (N, C, H, W) in [0, 1].
+        x: Images (N, C, H, W) in [0, 1], this process's part of the set.
         y: Labels (N,).
         norm: Ground norm.
         search: How hard to look.
-        report: Called with stages done and stages in all.
+        report: Called with image stages done and to be done in all.
         rows: (N,), the images' places in the set, by which random starts are drawn; None for 0 to N − 1.
+        threats: Budgets that the distances are to serve; none serves all of them.
+        previous: What the same search found for smaller budgets; only images that these left out are searched.
+        processes: Hold the other parts of the set.
 
     Returns:
-        Distances that serve every order p and every budget. The effort has the same stages for any images, also none.
+        Points and distances, and up to which distance they serve.
     """
     places = torch.arange(len(x)) if rows is None else rows.cpu()
-    chunks = list(range(0, len(x), search.batch_size))
-    passes = _passes(search, forward(network, x[:1]).shape[1])
-    points, distances = x.clone(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    then = distances.expand(len(passes), -1).clone()  # after each stage
-    for number, first in enumerate(chunks):
-        here = slice(first, first + search.batch_size)
-        everyone = _Best(network, x[here], y[here], norm)
-        right = (everyone.distances > 0).nonzero().squeeze(1)
-        if not len(right):
-            if report:
-                report((number + 1) * len(passes), len(chunks) * len(passes))
-            continue
-        best = _Best(network, x[here][right], y[here][right], norm)
-        for stage, _ in enumerate(_stages(best, search, places[here][right.cpu()])):
-            then[stage, first + right] = best.distances
-            if report:
-                report(number * len(passes) + stage + 1, len(chunks) * len(passes))
-        points[first + right], distances[first + right] = best.points, best.distances
-    reached = ((distances > 0) & distances.isfinite()).nonzero().squeeze(1)
-    if len(reached):
-        settled, wrong = _settle(network, x[reached], y[reached], points[reached], search.batch_size)
-        points = points.index_copy(0, reached, torch.where(per_image(wrong, x).bool(), settled, x[reached]))
-        now = image_norm(points[reached] - x[reached], norm)
-        distances = distances.index_copy(0, reached, torch.where(wrong, now, torch.inf))
-    return NearestAdversarial(points, distances, list(zip(passes, then, strict=True)))
+    counted = Counted(network).eval()
+    with together(processes):
+        part = _Part(counted, x, y, norm, search.within(norm), search, places)
+        part.begin(previous)
+    effort = list(previous.effort) if previous else []
+    spent = effort[-1][0] if effort else 0.0
+
+    def state() -> tuple[float, Tensor]:
+        passes, attacked = processes.sum([float(counted.passes.total), float(part.attacked())])
+        return spent + passes / max(attacked, 1.0), part.distances.clone()
+
+    for stage, active, first in _rounds(part, threats, processes):
+
+        def progress(done: int, stage: int = stage, first: bool = first) -> None:
+            if report and first and len(x):
+                report(stage * len(x) + done, part.number * len(x))
+
+        with together(processes):
+            part.advance(stage, active, progress)
+            progress(len(x))
+        effort.append(state())
+    with together(processes):
+        part.settle()
+    if effort:
+        effort[-1] = state()
+    unfinished = processes.max(float(bool((part.stages < part.number).any())))
+    reach = _needed(processes.gather(part.distances), threats) if unfinished else math.inf
+    return NearestAdversarial(part.points, part.distances, effort, reach, part.stages)

@@ -7,7 +7,9 @@
 | `bound` | `knapsack`, `certified` | `"upper"` or `"lower"` bound of A_δ |
 | `critical_distance` | `knapsack`, `certified` | d*(δ), the largest distance paid for |
 | `curve` | `knapsack`, `certified` | `[[δ, accuracy], ...]` from one sort |
-| `effort` | `knapsack` | `[[gradient passes an image, accuracy], ...]` |
+| `effort` | `knapsack` | `[[passes, accuracy], ...]`: forward and backward, an attacked image, counted in the network |
+| `valid_up_to` | `knapsack` | the largest budget, of the record's order, that the search was made for; null for all |
+| `pointwise_accuracy` | `knapsack` | what the same points leave at p = inf with the same budget |
 | `moved` | `knapsack` | images that are attacked, the fractional one included |
 | `materialised` | `knapsack` | `{"accuracy", "distance"}` of the whole images among them, verified by forward passes |
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ class Session:
         if not self._missing(attack.name, options, loss, own):
             return
         if isinstance(attack, Knapsack) and attack.nearest is None:
-            attack = replace(attack, nearest=self._nearest(attack, threat.norm))  # not kept: the next norm has others
+            attack = replace(attack, nearest=self._nearest(attack, own.norm, [own]))  # not kept: norms differ
         record = self.evaluator.attacked(attack, threat)
         self._add(replace(record, seconds=time.perf_counter() - started))
 
@@ -106,10 +107,13 @@ class Session:
             self._add(replace(record, network=name, seconds=time.perf_counter() - started))
 
     def save_distances(self, attacks: Sequence[Attack], norm: str) -> None:
-        """Write `distances_NORM.npz`: the nearest-adversarial distance of each image, in the order of the set."""
+        """Write `distances_NORM.npz`: the nearest-adversarial distance of each image, in the order of the set.
+
+        The search goes on for the images that no budget asked for so far.
+        """
         for attack in attacks:
             if isinstance(attack, Knapsack):
-                self._save_distances(attack.nearest or self._nearest(attack, norm), norm)
+                self._save_distances(attack.nearest or self._nearest(attack, norm, []), norm)
 
     def _save_distances(self, nearest: NearestAdversarial, norm: str) -> None:
         rows, processes = self.evaluator.rows, self.evaluator.processes
@@ -144,20 +148,24 @@ class Session:
             self.results.add([record])
         self._done.add(record.key)
 
-    def _nearest(self, attack: Knapsack, norm: str) -> NearestAdversarial:
-        """Nearest adversarial points: those left in the folder by an interrupted evaluation, else searched and kept."""
+    def _nearest(self, attack: Knapsack, norm: str, threats: Sequence[ThreatModel]) -> NearestAdversarial:
+        """Nearest adversarial points that serve these budgets: those left in the folder, else searched and kept.
+
+        Where those in the folder serve smaller budgets only, the search goes on for the images concerned.
+        """
         evaluator = self.evaluator
         images, rows, processes, report = evaluator.images, evaluator.rows, evaluator.processes, evaluator.progress
         file = self.folder / f"nearest_{norm}.pt"
         about: dict[str, Any] = {"search": str(attack.search), "facts": str(evaluator.facts)}
         about |= {"split": evaluator.split, "n": evaluator.size, "images": self._images}
         found = stored.load(file, about, images.x, rows, processes)
-        if found is not None:
+        if found is not None and (
+            all(found.serves(threat, processes) for threat in threats) if threats else math.isinf(found.reach)
+        ):
             return found
         progress = None if report is None else lambda k, n: report(f"nearest adversarial points, {norm}", k, n)
-        with together(processes):
-            context = Context(index=rows, progress=progress)
-            nearest = attack.find(evaluator.network, images.x, images.y, norm, context)
+        context = Context(processes=processes, index=rows, progress=progress)
+        nearest = attack.find(evaluator.network, images.x, images.y, norm, context, threats=threats, previous=found)
         stored.save(file, about, nearest, rows, processes)
         return nearest
 

@@ -46,6 +46,8 @@ def save(file: Path, about: dict[str, Any], nearest: NearestAdversarial, rows: T
     """
     state: dict[str, Any] = {"about": about, "x_adv": gather_to_rank_zero(nearest.x_adv, rows, processes)}
     state["distances"] = gather_to_rank_zero(nearest.distances, rows, processes)
+    state["stages"] = gather_to_rank_zero(nearest.stages, rows, processes)
+    state["reach"] = nearest.reach
     state["effort"] = [(passes, gather_to_rank_zero(then, rows, processes)) for passes, then in nearest.effort]
     with together(processes):
         if processes.rank == 0:
@@ -60,7 +62,7 @@ def _read(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if state["about"] != about:
             return None
-        tensors = [state["x_adv"], state["distances"], *(then for _, then in state["effort"])]
+        tensors = [state["x_adv"], state["distances"], state["stages"], *(then for _, then in state["effort"])]
         if {len(tensor) for tensor in tensors} != {about["n"]}:
             raise ValueError("it holds another number of images")
         return state
@@ -87,7 +89,7 @@ def load(file: Path, about: dict[str, Any], x: Tensor, rows: Tensor, processes: 
             state = _read(file, about)
     if not processes.max(float(state is not None)):
         return None
-    passes = [int(taken) for taken, _ in state["effort"]] if state else []
+    passes = [float(taken) for taken, _ in state["effort"]] if state else []
     stages = int(processes.max(float(len(passes))))
     none = x.new_empty(0)
 
@@ -96,8 +98,10 @@ def load(file: Path, about: dict[str, Any], x: Tensor, rows: Tensor, processes: 
 
     effort = []
     for stage in range(stages):
-        taken = int(processes.max(float(passes[stage] if state else 0)))
+        taken = processes.max(passes[stage] if state else 0.0)
         effort.append(
             (taken, scatter_from_rank_zero(state["effort"][stage][1] if state else None, none, rows, processes))
         )
-    return NearestAdversarial(part("x_adv", x[:0]), part("distances", none), effort)
+    reach = processes.max(float(state["reach"]) if state else 0.0)
+    points, distances, done = part("x_adv", x[:0]), part("distances", none), part("stages", rows[:0])
+    return NearestAdversarial(points, distances, effort, reach, done)
