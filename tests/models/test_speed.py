@@ -19,8 +19,8 @@ from wdat.models.local import LOCAL
 from wdat.objectives import WDAT
 from wdat.sensitivity import Table
 from wdat.training.module import WDATModule
-from wdat.training.step import is_compiled
 from wdat.training.schedulers import Constant
+from wdat.training.step import is_compiled
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
 SEED = 3
