@@ -15,6 +15,7 @@ table and the figure are made from the record alone (`--show`). One core suffice
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 import warnings
@@ -93,11 +94,12 @@ def _adv_lib(attack: str, **options: Any) -> Callable[[str, int], Points]:
 def _foolbox(attack: dict[str, str], **options: Any) -> Callable[[str, int], Points]:
     def of(norm: str, seed: int) -> Points:
         def points(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            import foolbox
+            foolbox: Any = importlib.import_module("foolbox")
 
             model = foolbox.PyTorchModel(network, bounds=(0, 1))
             run = getattr(foolbox.attacks, attack[norm])(**options)
-            return run(model, x, foolbox.criteria.Misclassification(y), epsilons=None)[0]
+            found: Tensor = run(model, x, foolbox.criteria.Misclassification(y), epsilons=None)[0]
+            return found
 
         return points
 

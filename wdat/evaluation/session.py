@@ -94,7 +94,7 @@ class Session:
             return
         images, report, norm = evaluator.images, evaluator.progress, threats[0].norm
         search = next((a for a in attacks if isinstance(a, Knapsack)), None) if certificate.by_distance else None
-        nearest = None if search is None else search.nearest or self._nearest(search, norm)
+        nearest = None if search is None else search.nearest or self._nearest(search, norm, threats)
         surroundings = Surroundings(
             evaluator.rows, evaluator.processes, None if nearest is None else nearest.distances, self.folder,
             {"facts": str(evaluator.facts), "split": evaluator.split, "n": evaluator.size, "images": self._images},
