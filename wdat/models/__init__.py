@@ -67,8 +67,9 @@ def load_network(
             that can't be used; weights that can't be had or don't fit.
     """
     if name in LOCAL:
+        given = {key: values for key, values in (("mean", mean), ("std", std)) if values is not None}
         with seeded(seed):
-            network = LOCAL[name](num_classes, mean, std)
+            network = LOCAL[name](num_classes, **given)  # a network of one's own need not take them
     elif mean is not None or std is not None:
         raise SettingError(f"{name} normalises by its own constants: model.mean and model.std are for local networks")
     else:
