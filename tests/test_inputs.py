@@ -259,3 +259,27 @@ def test_a_threat_is_asked_for(threat):
     for use in (lambda: wdat.attack(NETWORK, X, Y, threat), lambda: wdat.evaluate(NETWORK, (X, Y), threat)):
         with pytest.raises(SettingError, match=r"wdat\.ThreatModel\(p=2"):
             use()
+
+
+@pytest.mark.parametrize("attacks", [None, [], ()])
+def test_no_attack_leaves_the_clean_record(attacks):
+    assert [r.attack for r in wdat.evaluate(NETWORK, (X, Y), THREAT, attacks)] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (
+            lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, [wdat.attacks.WPGD]),
+            r"attacks has WPGD, .*give WPGD\(\.\.\.\)",
+        ),
+        (lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, wdat.attacks.WPGD), "attacks has WPGD"),
+        (lambda: wdat.evaluate(NETWORK, [(X, Y), (torch.rand(2, 3, 5, 5), Y[:2])], THREAT, []), "3×4×4, 3×5×5"),
+        (lambda: wdat.attack(NETWORK, X, Y, THREAT, steps="5"), r"attack\.steps='5' has a value of the wrong type"),
+        (lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, "wpgd", options={"wpgd": {"steps": "5"}}), "wrong type"),
+    ],
+)
+def test_what_can_not_be_meant_is_one_line(use, words):
+    with pytest.raises(SettingError, match=words) as caught:
+        use()
+    assert "\n" not in str(caught.value)

@@ -196,3 +196,28 @@ def test_impossible_settings(settings: dict[str, object], message: str) -> None:
 def test_nothing_to_train() -> None:
     with pytest.raises(SettingError, match="every parameter is frozen"):
         prepare(load_network("small_cnn").requires_grad_(False))
+
+
+class Writes(nn.Module):
+    """Normalises its images in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x.sub_(0.5).div_(0.2))
+
+
+def test_a_network_that_writes_into_its_images_is_trained_on_copies() -> None:
+    network, x = Writes(), torch.rand(2, 3, 4, 4)
+    given, wanted = x.clone(), network(x.clone())
+    prepare(network, image_shape=(3, 4, 4))
+    leaf = x.clone().requires_grad_(True)
+    assert torch.equal(network(x), wanted)
+    assert torch.equal(x, given)
+    network(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad.flatten(1)[0], network.layers[1].weight.sum(0) / 0.2)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    prepare(plain, image_shape=(3, 4, 4))
+    assert not plain._forward_pre_hooks

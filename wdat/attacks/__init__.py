@@ -64,7 +64,11 @@ def build(name: str, **options: Any) -> Attack:
     for option in options:
         if option not in known:
             raise unknown(f"option of {name}", option, known, f"attack.{option}")
-    return ATTACKS[name](**options)
+    try:
+        return ATTACKS[name](**options)
+    except TypeError as error:
+        given = ", ".join(f"attack.{option}={value!r}" for option, value in options.items())
+        raise SettingError(f"{name} with {given} has a value of the wrong type ({error})") from error
 
 
 def attack(

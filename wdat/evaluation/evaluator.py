@@ -57,6 +57,10 @@ class ImageTensors:
         kept = [ordinary(*members(batch)) for batch in batches]
         if not kept:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
+        shapes = {tuple(x.shape[1:]) for x, *_ in kept if len(x)}
+        if len(shapes) > 1:
+            sizes = ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
+            raise SettingError(f"the batches have images of several sizes ({sizes}): bring them to one")
         return cls(*(torch.cat(parts).to(device) for parts in zip(*kept, strict=True)))
 
 
@@ -232,7 +236,7 @@ def settings(attack: Attack) -> dict[str, Any]:
 
 
 def plan(
-    attacks: Sequence[str | Attack] | str | Attack,
+    attacks: Sequence[Any] | str | Attack | None,
     losses: Sequence[str] | str,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     batch_size: int = 512,
@@ -244,7 +248,7 @@ def plan(
     Raises:
         SettingError: If a name or an option can't be used.
     """
-    attacks = [attacks] if isinstance(attacks, (str, Attack)) else attacks
+    attacks = [attacks] if isinstance(attacks, (str, Attack, type)) else attacks or ()
     losses = [losses] if isinstance(losses, str) else losses
     for loss in losses:
         get_label_loss(loss, "losses")
@@ -256,6 +260,11 @@ def plan(
         if isinstance(attack, Attack):
             built.append(attack)
             continue
+        if not isinstance(attack, str):
+            name = getattr(attack, "__name__", type(attack).__name__)
+            raise SettingError(
+                f"attacks has {name}, neither a name nor an attack: give {name}(...) or one of its names"
+            )
         given = {"batch_size": batch_size, **(options or {}).get(attack, {})}
         kind = ATTACKS.get(attack)
         ascends = kind is None or any(f.name == "loss" for f in fields(kind))
@@ -266,8 +275,6 @@ def plan(
                 built.append(build(attack, **given))
         except SettingError as error:
             raise SettingError(str(error).replace("attack.", f"attack_options.{attack}.")) from error
-        except TypeError as error:
-            raise SettingError(f"attack_options.{attack}={given} has a value of the wrong type ({error})") from error
     return built
 
 
@@ -275,7 +282,7 @@ def evaluate(
     network: nn.Module | Callable[[Tensor], Tensor],
     loader: Iterable[Any] | Dataset[Any] | ImageTensors,
     threat: ThreatModel,
-    attacks: Sequence[str | Attack] | str | Attack = ("pgd", "wpgd"),
+    attacks: Sequence[str | Attack] | str | Attack | None = ("pgd", "wpgd"),
     *,
     losses: Sequence[str] | str = ("ce",),
     options: Mapping[str, Mapping[str, Any]] | None = None,

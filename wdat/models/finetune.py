@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def prepare(
         compile: Likewise.
 
     Returns:
-        Names of the parameters that are trained.
+        Names of the parameters that are trained. A network that writes into its images gets copies from now on.
 
     Raises:
         SettingError: An unknown choice, a negative scale, no last linear layer, or nothing to train.
@@ -71,8 +72,26 @@ def prepare(
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     if not names:
         raise SettingError("no parameter is left to train (finetune.trainable): every parameter is frozen")
+    if _writes_into_its_input(network, image_shape):
+        network.register_forward_pre_hook(_copies)
     accelerate(network, channels_last, compile)
     return names
+
+
+def _writes_into_its_input(network: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the network changes the images that it is given, as `x.sub_(mean)` and a first ReLU in place do."""
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(0))
+    with undisturbed(network), torch.no_grad():
+        image = torch.rand((1, *image_shape), generator=torch.Generator().manual_seed(0)).to(like)
+        before = image._version
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, AssertionError):  # said where it is trained
+            network(image)
+    return image._version != before
+
+
+def _copies(network: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: copies of the images for a network that writes into them, so that the step's other passes see them."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in given)
 
 
 def find_head(network: nn.Module, image_shape: tuple[int, int, int] = (3, 32, 32)) -> tuple[str, nn.Linear]:
