@@ -16,6 +16,7 @@ from wdat.errors import SettingError, unknown
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+THREE_CLASSES = ("dlr", "redlr")  # losses that compare three logits
 DLR_FLOOR = 1e-12  # of the denominator; more would break agreement with published values of Υ
 
 
@@ -91,7 +92,7 @@ def check_classes(name: str, classes: int) -> None:
     Raises:
         SettingError: DLR and ReDLR with fewer than three classes.
     """
-    if name in ("dlr", "redlr") and classes < 3:
+    if name in THREE_CLASSES and classes < 3:
         raise SettingError(
             "the losses dlr and redlr need at least three classes; use ce: losses=[ce], attack.loss=ce, "
             "evaluation.attack_options.wpgd.loss=ce"

@@ -60,7 +60,7 @@ class Facts:
 
     Attributes:
         network: Name of the network.
-        checkpoint: Its file, or `""` for the registry's own weights or a fresh network.
+        checkpoint: Its file; `fresh weights (seed 0)` of a network without one; `""` for the registry's own weights.
         data: Name of the data, with a note where it was re-encoded.
         seed: The run's seed.
         weights: What tells the network's weights from others, where it was taken.

@@ -240,6 +240,20 @@ class Attack(ABC):
         """
         self.threat_of(threat).check(shape)
 
+    def prepared(
+        self, network: nn.Module, x: Tensor, y: Tensor, threats: Sequence[ThreatModel], context: Context | None = None
+    ) -> Attack:
+        """This attack with what it finds once for several budgets; itself where budgets share nothing.
+
+        Args:
+            network: Takes images in [0, 1], gives logits (N, K); left as it was found.
+            x: The images that it will be called with, (N, C, H, W).
+            y: Their labels (N,).
+            threats: Those that it will be called with, of one order and norm.
+            context: What surrounds the calls.
+        """
+        return self
+
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """What this attack's allocation wants to know of each image, (N,); call it inside `undisturbed`.
 

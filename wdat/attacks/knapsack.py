@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -87,6 +87,12 @@ class Knapsack(Attack):
         x, y = ordinary(x, y)
         with undisturbed(network), torch.autocast(x.device.type, enabled=False):
             return self._search(network, x, y, norm, context or Context(), threats, previous)
+
+    def prepared(
+        self, network: nn.Module, x: Tensor, y: Tensor, threats: Sequence[ThreatModel], context: Context | None = None
+    ) -> Knapsack:
+        """The knapsack of points that serve all these budgets."""
+        return replace(self, nearest=self.find(network, x, y, threats[0].norm, context, threats, self.nearest))
 
     def _search(
         self,

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wdat.attacks import ATTACKS, Attack
 from wdat.errors import RunError, SettingError, cause, unknown
-
-THREE_CLASSES = ("dlr", "redlr")  # losses that compare three logits
+from wdat.losses import THREE_CLASSES
 
 
 def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
@@ -42,6 +41,11 @@ def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
         if isinstance(error.__cause__, (TypeError, ValueError)):
             raise _unusable(node, setting, error.__cause__) from error
         raise
+
+
+def accepts(node: Any, argument: str) -> bool:
+    """Whether the class of a node has an argument of this name."""
+    return argument in inspect.signature(get_object(node._target_)).parameters
 
 
 def try_optimizer(factory: Any, setting: str, node: Any, parameters: Sequence[Any]) -> None:

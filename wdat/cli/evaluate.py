@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         network = build(cfg.model, "model")
     data.setup("test" if cfg.split == "test" else None)
     name = models.title(cfg.model)
-    facts = Facts(name, str(cfg.model.checkpoint or ""), data.name, cfg.seed, models.digest(network))
+    facts = Facts(name, models.checkpoint_of(cfg.model), data.name, cfg.seed, models.digest(network))
     progress = WorkProgress()
     trainer: L.Trainer = build(cfg.trainer, "trainer", logger=False, enable_checkpointing=False, callbacks=[progress])
     first = trainer.is_global_zero
@@ -68,12 +68,13 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         )  # fmt: skip
         if first:
             on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
-            about = f"{evaluator.size} {cfg.split} images of {data.name} on {on}"
+            about = f"{data.selection[cfg.split]} {cfg.split} images of {data.name} on {on}"
             PlainConsole().print(f"{name}, {models.origin(cfg.model)}: {about}")
         with together(everyone):
             if certificate is not None:
                 certificate.check_network(network, images.x)
             radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
+        evaluator.check(attacks, threats, list(cfg.losses))
         session = Session(evaluator, results, run_dir)
         for loss in cfg.losses:
             session.clean(base, loss)

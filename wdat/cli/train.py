@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wdat import models
-from wdat.cli.build import build, build_attacks, check_classes, try_optimizer
+from wdat.cli.build import accepts, build, build_attacks, check_classes, try_optimizer
 from wdat.cli.launch import one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
@@ -36,7 +36,6 @@ from wdat.training.module import WDATModule
 from wdat.training.optimizers import peak_rate
 from wdat.training.schedulers import Cosine
 
-METRICS = ("acc_clean", "acc_pointwise", "acc_distributional")  # larger is better
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
 
@@ -59,16 +58,21 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     data, threat, optimizer = build(cfg.data, "data"), build(cfg.threat, "threat"), optimizer_of(cfg)
     objective, attack = build(cfg.objective, "objective"), build(cfg.attack, "attack")
     scheduler, sensitivity = build(cfg.scheduler, "scheduler"), build(cfg.sensitivity, "sensitivity")
-    facts = Facts(models.title(cfg.model), str(cfg.model.checkpoint or ""), data.name, cfg.seed)
+    facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
     evaluation = evaluation_of(cfg, threat, attack, results, facts, progress.report)
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
     callbacks += [build(cfg.averaging, "averaging"), evaluation, progress]
 
+    redrawn = cfg.finetune.get("init") == "reset_head" and accepts(cfg.model, "new_head")
+
     with one_at_a_time():
         data.prepare_data()
-        network = build(cfg.model, "model")
+        network = build(cfg.model, "model", **({"new_head": True} if redrawn else {}))
     data.setup()
+    evaluation.check(network, data.image_shape)
+    if attack is not None:
+        attack.check(data.image_shape, cfg.data.num_classes, threat)
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data, threat)
     trained = build(cfg.finetune, "finetune")(network, image_shape=data.image_shape)
@@ -144,12 +148,13 @@ def evaluation_of(
     try:
         evaluation = RobustEvaluation(
             threat, attacks, losses=list(cfg.evaluation.losses), options=options,
+            validation_options={**cfg.evaluation.validation_options},
             deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
             records=records, facts=facts, progress=progress,
         )  # fmt: skip
     except SettingError as error:
         raise SettingError(re.sub(r"(?<!\.)\battack_options\.", "evaluation.attack_options.", str(error))) from error
-    known = [f"val/{key}" for key in METRICS if key in evaluation.metrics]
+    known = sorted(f"val/{key}" for key in evaluation.metrics if key.startswith("acc_"))  # larger is better
     if cfg.monitor not in known:
         raise unknown("metric", cfg.monitor, known, "monitor")
     losses = {f"evaluation.losses[{k}]": loss for k, loss in enumerate(cfg.evaluation.losses)}
@@ -187,9 +192,9 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     _, total = models.describe(network)
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
-    notify(f"network {cfg.model.name}: trains {count:,} of {total:,} parameters ({names})")
-    sizes = (f"{data.splits[split]:,}" for split in ("train", "val", "test"))
-    notify("images  {} training, {} validation (taken from the training set), {} test".format(*sizes))
+    notify(f"network {cfg.model.name}, {models.origin(cfg.model)}: trains {count:,} of {total:,} parameters ({names})")
+    sizes = (data.selection[split] for split in ("train", "val", "test"))
+    notify("images  training: {}; validation, taken from the training set: {}; test: {}".format(*sizes))
     if data.pool is not None:
         notify(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":

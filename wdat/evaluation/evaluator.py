@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from wdat.gradients import input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
 from wdat.records import Facts, Record
-from wdat.threat import ThreatModel, dual_norm, power_mean
+from wdat.threat import ThreatModel, dual_norm, parse_budget, power_mean
 
 Progress = Callable[[str, int, int], None]
 
@@ -192,14 +192,30 @@ class Evaluator:
                     for attack in attacks:
                         attack.check(shape, classes, threat)
 
-    def attacked(self, attack: Attack, threat: ThreatModel) -> Record:
-        """Accuracy under one attack, verified."""
+    def prepared(self, attack: Attack, threats: Sequence[ThreatModel]) -> tuple[Attack, float]:
+        """The attack with what it finds once for these budgets, and the seconds that this took."""
         started = time.perf_counter()
+        if len(threats) > 1:
+            attack = attack.prepared(self.network, self.images.x, self.images.y, threats, self._context(attack))
+        return attack, time.perf_counter() - started
+
+    def _context(self, attack: Attack, label: str | None = None) -> Context:
+        progress = partial(self.progress, label or attack.name) if self.progress else None
+        return Context(processes=self.processes, index=self.rows, progress=progress)
+
+    def attacked(self, attack: Attack, threat: ThreatModel, spent: float = 0.0, pictures: bool = True) -> Record:
+        """Accuracy under one attack, verified.
+
+        Args:
+            attack: The attack.
+            threat: Its budget.
+            spent: Seconds that were needed before, to prepare it.
+            pictures: False for none in this record, whatever this evaluator's are.
+        """
+        started = time.perf_counter() - spent
         options = settings(attack)
         loss = str(options.pop("loss", ZERO_ONE))
-        label = f"{attack.name} {loss}"
-        progress = partial(self.progress, label) if self.progress else None
-        context = Context(processes=self.processes, index=self.rows, progress=progress)
+        context = self._context(attack, f"{attack.name} {loss}")
         result = attack(self.network, self.images.x, self.images.y, threat, context)
         values: dict[str, Any] = {
             "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
@@ -211,7 +227,7 @@ class Evaluator:
         if "accuracy" in details:  # the optimum, whose last image is attacked fractionally
             details["materialised"] = {"accuracy": result.accuracy, "distance": result.distance}
             values |= _taken(details)
-        if self.pictures:
+        if self.pictures and pictures:
             images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
             details["histogram"] = histogram(result.distances, processes=self.processes)
             details["examples"] = examples(self.network, *images, result, *shared, self.classes)
@@ -286,6 +302,7 @@ def evaluate(
     *,
     losses: Sequence[str] | str = ("ce",),
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    deltas: Sequence[float | str] = (),
     batch_size: int = 512,
     stage: str = "evaluate",
     split: str = "test",
@@ -308,6 +325,7 @@ def evaluate(
         attacks: Names, or attacks made with `wdat.attacks.build`, or a single one; pointwise ones run at p = inf.
         losses: For each, one clean record (V(0), W(0), Υ) and one run of every attack given by name.
         options: Settings per attack name, such as `{"wpgd": {"steps": 100}}`.
+        deltas: Further budgets for every attack; the knapsack searches once for all of them.
         batch_size: Images per pass; it doesn't change which images share the budget.
         stage: What the records say of their stage.
         split: What they say of their split.
@@ -315,11 +333,11 @@ def evaluate(
         facts: What they say of network, data and seed.
         processes: The processes that hold the other parts of the set.
         progress: Called with a label, steps done and steps in all.
-        pictures: Whether records carry examples and histograms.
+        pictures: Whether records of the threat's own budget carry examples and histograms.
         classes: Names of the classes, by label, for the examples.
 
     Returns:
-        Clean records, one a loss, then one record for each attack and loss.
+        Clean records, one a loss, then one record for each budget, attack and loss.
 
     Raises:
         SettingError: If the set is empty, or a name, option or image can't be used.
@@ -340,5 +358,11 @@ def evaluate(
         tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
     about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes)
     evaluator = Evaluator(network, tensors, batch_size, *about)
-    evaluator.check(built, [threat], losses)
-    return [evaluator.clean(threat, loss) for loss in losses] + [evaluator.attacked(a, threat) for a in built]
+    threats = [threat, *(replace(threat, delta=parse_budget(delta, "deltas")) for delta in deltas)]
+    evaluator.check(built, threats, losses)
+    records = [evaluator.clean(threat, loss) for loss in losses]
+    ready = [evaluator.prepared(attack, threats) for attack in built]
+    for own in threats:
+        first = own is threat
+        records += [evaluator.attacked(attack, own, spent * first, first) for attack, spent in ready]
+    return records

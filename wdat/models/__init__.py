@@ -19,6 +19,7 @@ __all__ = [
     "LOCAL",
     "accelerate",
     "check_finite",
+    "checkpoint_of",
     "describe",
     "digest",
     "find_head",
@@ -31,6 +32,8 @@ __all__ = [
     "preprocessing",
     "title",
 ]
+
+REGISTRY = "RobustBench's weights"
 
 
 def load_network(
@@ -97,6 +100,7 @@ def load_custom(
     name: str = "custom",
     seed: int = 0,
     checkpoint_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """A network of the user's own class, on the CPU and in eval mode.
 
@@ -107,6 +111,7 @@ def load_custom(
         name: What records call it.
         seed: Seed of fresh weights.
         checkpoint_key: Which of several state dicts in the file is meant, such as `"ema"`.
+        new_head: Whether the last layer is drawn anew afterwards, so that the file's may have other classes.
 
     Raises:
         SettingError: It is no `nn.Module`, or the weights don't fit.
@@ -116,7 +121,7 @@ def load_custom(
     if not isinstance(made, nn.Module):
         raise SettingError(f"model.network._target_={name} makes a {type(made).__name__}: name an nn.Module")
     if checkpoint is not None:
-        load_checkpoint(made, checkpoint, checkpoint_key)
+        load_checkpoint(made, checkpoint, checkpoint_key, new_head)
     return made.eval()
 
 
@@ -132,7 +137,17 @@ def origin(settings: Mapping[str, Any]) -> str:
     if settings.get("name") in LOCAL:
         return f"fresh weights (seed {settings.get('seed', 0)})"
     own = settings.get("_target_", "wdat.models.load_network") != "wdat.models.load_network"
-    return "weights as its class makes them (no checkpoint)" if own else "RobustBench's weights"
+    return "weights as its class makes them (no checkpoint)" if own else REGISTRY
+
+
+def checkpoint_of(settings: Mapping[str, Any]) -> str:
+    """What records say in the place of a checkpoint: its file, or where weights without one come from; "" for the zoo.
+
+    Args:
+        settings: As `origin` takes them.
+    """
+    found = origin(settings)
+    return str(settings.get("checkpoint") or ("" if found == REGISTRY else found))
 
 
 def title(settings: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from wdat.errors import SettingError
 from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.evaluator import Progress, plan
 from wdat.gradients import ordinary
+from wdat.inputs import classes_of
+from wdat.losses import check_classes
 from wdat.records import Facts, Record, RecordFile
 from wdat.threat import ThreatModel, parse_budget
 
@@ -40,6 +43,7 @@ class RobustEvaluation(L.Callback):
         attacks: Names, or attacks; pointwise ones run at p = inf.
         losses: For each, one clean record and one run of every attack given by name.
         options: Settings of attacks given by name, such as `{"wpgd": {"steps": 100}}`.
+        validation_options: Those that replace them on validation images.
         deltas: Further budgets at which a test set is attacked.
         network: The attribute of the module that holds the network; empty for the module itself.
         stage: What records outside training say; None for `before` until the trainer has trained and `after` from then.
@@ -62,6 +66,7 @@ class RobustEvaluation(L.Callback):
         *,
         losses: Sequence[str] = ("ce",),
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        validation_options: Mapping[str, Mapping[str, Any]] | None = None,
         deltas: Sequence[float | str] = (),
         network: str = "network",
         stage: str | None = None,
@@ -72,6 +77,9 @@ class RobustEvaluation(L.Callback):
     ) -> None:
         self.threat, self.losses, self.batch_size = threat, tuple(losses), batch_size
         self.attacks = plan(attacks, losses, options, batch_size)
+        options, other = options or {}, validation_options or {}
+        both = {name: {**options.get(name, {}), **other.get(name, {})} for name in {*options, *other}}
+        self._attacks = {"test": self.attacks, "val": plan(attacks, losses, both, batch_size)}
         if not self.attacks or not self.losses:
             raise SettingError("evaluation.attacks and evaluation.losses must each name at least one")
         for attack in self.attacks:
@@ -91,6 +99,24 @@ class RobustEvaluation(L.Callback):
         shared = [a.name for a in self.attacks if not a.pointwise]
         several = {f"acc_{name}" for name in shared} if len(shared) > 1 else set()
         return {"acc_clean", "upsilon", *pointwise, *({"acc_distributional", "distance"} if shared else ()), *several}
+
+    def check(self, network: nn.Module, shape: Sequence[int]) -> None:
+        """Refuse, before any work, what can't be measured with this network on such images.
+
+        Args:
+            network: Takes images in [0, 1], gives logits (N, K); left as it was found.
+            shape: (C, H, W) of the images.
+
+        Raises:
+            SettingError: The network can't take such images; a loss, an attack or a budget doesn't fit.
+        """
+        like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(0))
+        classes = classes_of(network, like.new_zeros((1, *shape)))
+        for loss in self.losses:
+            check_classes(loss, classes)
+        for threat in (self.threat, *(replace(self.threat, delta=delta) for delta in self.deltas)):
+            for attack in chain(*self._attacks.values()):
+                attack.check(shape, classes, threat)
 
     def _collect(self, batch: Any) -> None:
         members = (batch.x, batch.y, batch.index) if isinstance(batch, Batch) else (batch[0], batch[1])
@@ -131,11 +157,13 @@ class RobustEvaluation(L.Callback):
         processes = current(pl_module.device)
         with together(processes):
             images = ImageTensors.collect(batches, pl_module.device)
-        run = partial(
-            evaluate,
+        found = evaluate(
             network,
             images,
-            attacks=self.attacks,
+            self.threat,
+            attacks=self._attacks[split],
+            losses=self.losses,
+            deltas=deltas,
             batch_size=self.batch_size,
             stage="epoch" if fitting else self.stage or ("after" if self._trained else "before"),
             split=split,
@@ -143,11 +171,10 @@ class RobustEvaluation(L.Callback):
             facts=self.facts if fitting else self._of_checkpoint(trainer),
             processes=processes,
             progress=self.progress,
+            pictures=split == "test",
         )
-        found = run(self.threat, losses=self.losses, pictures=split == "test")
-        further = [run(replace(self.threat, delta=delta), losses=[]) for delta in deltas]
         if trainer.is_global_zero or self.records.path is None:
-            self.records.add([*found, *(record for records in further for record in records)])
+            self.records.add(found)
         for key, value in self._metrics(found).items():
             pl_module.log(f"{split}/{key}", value, prog_bar=key.startswith("acc"))
 
@@ -160,8 +187,9 @@ class RobustEvaluation(L.Callback):
         return replace(self.facts, checkpoint=name)
 
     def _metrics(self, found: Sequence[Record]) -> dict[str, float]:
-        """What is logged, by name, of the clean records and those of the attacks, in this order."""
-        clean, attacked = found[0], list(zip(self.attacks, found[len(self.losses) :], strict=True))
+        """What is logged, by name, of the clean records and those of the attacks, in this order; budgets follow."""
+        clean, first = found[0], len(self.losses)
+        attacked = list(zip(self.attacks, found[first : first + len(self.attacks)], strict=True))
         values: dict[str, float | None] = {"acc_clean": clean.accuracy, "upsilon": clean.upsilon}
         pointwise = [record.accuracy for attack, record in attacked if attack.pointwise]
         shared = [record for attack, record in attacked if not attack.pointwise]
