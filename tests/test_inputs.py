@@ -275,8 +275,8 @@ def test_no_attack_leaves_the_clean_record(attacks):
         ),
         (lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, wdat.attacks.WPGD), "attacks has WPGD"),
         (lambda: wdat.evaluate(NETWORK, [(X, Y), (torch.rand(2, 3, 5, 5), Y[:2])], THREAT, []), "3×4×4, 3×5×5"),
-        (lambda: wdat.attack(NETWORK, X, Y, THREAT, steps="5"), r"attack\.steps='5' has a value of the wrong type"),
-        (lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, "wpgd", options={"wpgd": {"steps": "5"}}), "wrong type"),
+        (lambda: wdat.attack(NETWORK, X, Y, THREAT, steps="5"), r"attack\.steps='5' must be a whole number"),
+        (lambda: wdat.evaluate(NETWORK, (X, Y), THREAT, "wpgd", options={"wpgd": {"steps": "5"}}), r"wpgd\.steps='5'"),
     ],
 )
 def test_what_can_not_be_meant_is_one_line(use, words):

@@ -113,7 +113,7 @@ def check_whole(setting: str, value: object, least: int = 1, hint: str = "") -> 
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         bound = f"of at least {least}" if least else "and not negative"
-        raise SettingError(f"{setting}={value} must be a whole number {bound}{f'; {hint}' if hint else ''}")
+        raise SettingError(f"{setting}={value!r} must be a whole number {bound}{f'; {hint}' if hint else ''}")
 
 
 def check_real(setting: str, value: object, interval: str, hint: str = "") -> None:

@@ -14,10 +14,17 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     Args:
         folder: A folder that the block may make, with those above it.
     """
-    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    made = [place for place in (folder, *folder.absolute().parents) if not _exists(place)]
     try:
         yield
     finally:
         for place in made:
-            with suppress(OSError):  # it isn't there, or isn't empty
+            with suppress(OSError, ValueError):  # it isn't there, or isn't empty
                 place.rmdir()
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # no such name can be
+        return False

@@ -47,10 +47,17 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
-        parts.append(gradients_of(images, network(images.clone()), target[rows], loss))  # it may write into its input
+        # It may write into its input. A compiled one can't take a copy, which isn't a leaf, without a warning of torch's.
+        logits = network(images if is_compiled(network) else images.clone())
+        parts.append(gradients_of(images, logits, target[rows], loss))
     if len(parts) == 1:
         return parts[0]
     return Gradients(*(torch.cat([getattr(p, f) for p in parts]) for f in Gradients.__dataclass_fields__))
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `network.compile()` was called."""
+    return getattr(network, "_compiled_call_impl", None) is not None
 
 
 def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, retain_graph: bool = False) -> Gradients:

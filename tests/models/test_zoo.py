@@ -197,7 +197,7 @@ def test_failed_download_leaves_nothing_behind(
     assert f"put them at {tmp_path / 'cifar10' / 'Linf' / 'Tiny2024.pt'}" in message
     assert "\n" not in message
     assert files(tmp_path) == []
-    assert list((tmp_path / "cifar10" / "Linf").iterdir()) == []
+    assert not (tmp_path / "cifar10").exists()
 
 
 class Pair(nn.Module):
@@ -278,6 +278,7 @@ def test_networks_of_timm_and_torchvision(name: str, dataset: str, file: str, hu
         load_network(name, classes, dataset=dataset, root=hub / "unused")
     assert str(hub / file) in str(caught.value)
     assert files(hub) == []
+    hub.mkdir(parents=True)
     torch.save(source[1].state_dict(), hub / file)  # of what the normalisation is put before
     network = load_network(name, classes, dataset=dataset, root=hub / "unused")
     x = torch.rand(1, 3, size, size)

@@ -68,8 +68,8 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         )  # fmt: skip
         if first:
             on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"
-            about = f"{data.selection[cfg.split]} {cfg.split} images of {data.name} on {on}"
-            PlainConsole().print(f"{name}, {models.origin(cfg.model)}: {about}")
+            images_of = f"{data.name}, {cfg.split} images: {data.selection[cfg.split]}"
+            PlainConsole().print(f"{name}, {models.origin(cfg.model)}; {images_of}; on {on}", soft_wrap=True)
         with together(everyone):
             if certificate is not None:
                 certificate.check_network(network, images.x)

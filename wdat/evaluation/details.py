@@ -88,7 +88,7 @@ def examples(
         example = dict(zip(("label", "clean_prediction", "prediction"), seen, strict=True))
         about: dict[str, Any] = {"picture": _png(image, moved), **example, "radius": float(distance)}
         about["granted"] = None if result.radii is None else float(radius)
-        found.append(about | ({"names": [str(classes[k]) for k in seen]} if classes else {}))
+        found.append(about | ({"names": [str(classes[k]) if k >= 0 else "none" for k in seen]} if classes else {}))
     return found
 
 

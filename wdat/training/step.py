@@ -14,7 +14,7 @@ from wdat.attacks import Attack, AttackResult, Context
 from wdat.data.batch import Batch
 from wdat.distributed import Processes
 from wdat.errors import DIVERGED, SettingError
-from wdat.gradients import undisturbed
+from wdat.gradients import is_compiled, undisturbed
 from wdat.losses import log_probabilities
 from wdat.seeding import generator
 from wdat.sensitivity import Estimator
@@ -118,11 +118,6 @@ def start_noise(seed: int, batch: Batch) -> Tensor:
 def radius_draws(seed: int, batch: Batch) -> Tensor:
     """One number in [0, 1) for each image, (B,): a function of the seed, the step and the position."""
     return torch.rand(batch.size, generator=generator(seed, "radii", batch.step))[batch.position.cpu()].to(batch.x)
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether `network.compile()` was called."""
-    return getattr(network, "_compiled_call_impl", None) is not None
 
 
 def modes_agree(network: nn.Module, x: Tensor) -> bool:
