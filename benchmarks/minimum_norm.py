@@ -250,7 +250,7 @@ def table(record: dict[str, Any]) -> Table:
 
 def draw(record: dict[str, Any], place: Path) -> None:
     """Points above the best against passes, a panel for each network and norm."""
-    rows = above(record)
+    rows = [r for r in above(record) if r["above"] == r["above"]]  # NaN before a public attack has run
     cases = sorted({(r["network"], r["norm"], r["n"]) for r in rows})
     figure = Figure(figsize=(11, 3.6 * -(-len(cases) // 2)), layout="constrained")
     for k, case in enumerate(cases):

@@ -42,12 +42,12 @@ def on_one_side(n: int = 12) -> tuple[Steep, Tensor, Tensor, Tensor]:
 
 
 def test_a_radius_that_was_far_too_large_comes_back_to_the_nearest_point_found():
-    """Without that, a descent of 12 steps ends where it began, at the far corner of [0, 1]."""
+    """Without that, a descent of 20 steps ends where it began, at the far corner of [0, 1]."""
     network, x, y, exact = on_one_side()
-    search = build("knapsack", starts=1, targets=0, steps=12, bisections=0)
+    search = build("knapsack", starts=0, targets=1, steps=20, bisections=0)
     found = search.find(network, x, y, "linf").distances
     assert bool((found >= exact * (1 - 1e-9)).all())
-    assert bool((found <= 2 * exact).all())
+    assert bool((found <= 1.01 * exact).all())
 
 
 class Watched(nn.Module):

@@ -15,12 +15,12 @@ import wdat
 from wdat import models
 from wdat.attacks import build
 from wdat.data import ImageDataModule
+from wdat.gradients import is_compiled
 from wdat.models.local import LOCAL
 from wdat.objectives import WDAT
 from wdat.sensitivity import Table
 from wdat.training.module import WDATModule
 from wdat.training.schedulers import Constant
-from wdat.gradients import is_compiled
 
 THREAT = wdat.ThreatModel(2, "linf", 0.1)
 SEED = 3

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from wdat.gradients import is_compiled
+
 
 @dataclass
 class Passes:
@@ -39,7 +41,7 @@ class Counted(nn.Module):
         self.passes = Passes()
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
+        logits: Tensor = self.network(images if is_compiled(self.network) else images.clone())  # it may write into it
         self.passes.forward += len(images)
         if logits.requires_grad:
             logits.register_hook(self._back)  # type: ignore[no-untyped-call]
