@@ -33,8 +33,8 @@ test: $(INSTALLED)
 CPU ?= $(shell grep -qs avx512f /proc/cpuinfo && echo avx2 || echo default)
 test-cpu: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=$(CPU) $(if $(filter avx2,$(CPU)),ONEDNN_MAX_CPU_ISA=AVX2) $(PYTEST) -q -n 2 --dist loadfile \
-	  -m "not slow" tests/attacks tests/evaluation tests/models tests/sensitivity tests/training/module \
-	  tests/distributed tests/test_objectives.py tests/test_losses.py tests/test_gradients.py tests/test_threat.py
+	  -m "not slow" tests/attacks tests/evaluation tests/sensitivity tests/models/test_speed.py \
+	  tests/distributed/test_evaluation.py tests/test_objectives.py tests/test_losses.py tests/test_gradients.py tests/test_threat.py
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long -n 2 --dist loadfile

@@ -47,7 +47,7 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
-        # It may write into its input. A compiled one can't take a copy, which isn't a leaf, without a warning of torch's.
+        # It may write into its input. Of a copy, which is no leaf, torch warns where the network is compiled.
         logits = network(images if is_compiled(network) else images.clone())
         parts.append(gradients_of(images, logits, target[rows], loss))
     if len(parts) == 1:

@@ -50,6 +50,7 @@ def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_step_benchmark(tmp_path):
     record = tmp_path / "step.json"
     few = ["--batch-size", 8, "--inner-steps", 2, "--batches", 2, "--rounds", 2]
@@ -69,6 +70,7 @@ def test_the_step_benchmark(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_upsilon_benchmark(shared, tmp_path):
     record = tmp_path / "upsilon.json"
     run(
@@ -85,6 +87,7 @@ def test_the_upsilon_benchmark(shared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_pool_benchmark(shared, tmp_path):
     record = tmp_path / "pool.json"
     few = ["--count", 3_000_000, "--against", 5000, "--real", 1, "--rounds", 2, "--loads", 2, "--batches", 20]

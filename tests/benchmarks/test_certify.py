@@ -69,6 +69,7 @@ def test_lower_ends_are_below_upper_ends():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_and_its_continuation(shared, tmp_path):
     command = [sys.executable, "-m", "benchmarks.certify", "--only", "cnn_a", "--images", "3", "--folder"]
     command += [str(tmp_path / "kept"), "--output", str(tmp_path / "record.json")]

@@ -54,6 +54,7 @@ def test_table_and_figure_are_made_from_the_record(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_benchmark_goes_on(shared, tmp_path):
     pytest.importorskip("adv_lib.attacks", reason="pip install --no-build-isolation -e '.[benchmarks]'")
     few = ["--images", 6, "--networks", "cnn_a", "--norms", "linf", "--seeds", 0, "--output", tmp_path / "a.json"]

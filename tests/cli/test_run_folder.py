@@ -60,7 +60,8 @@ REFUSED = {
     "resumed without checkpoints": (SCRIPT, ["resume=without"], "start it again"),
     "another network": (SCRIPT, ["resume=training", "model=cnn_a"], "model.name=cnn_a (it was small_cnn)"),
     "another optimiser": (
-        SCRIPT, ["resume=training", "optimizer._target_=torch.optim.Adam", "~optimizer.momentum", "~optimizer.nesterov"],
+        SCRIPT,
+        ["resume=training", "optimizer._target_=torch.optim.Adam", "~optimizer.momentum", "~optimizer.nesterov"],
         "optimizer._target_=torch.optim.Adam (it was torch.optim.SGD) and 2 more",
     ),
     "a setting of the method": (SCRIPT, ["resume=training", "threat.delta=0.2"], "threat.delta=0.2 (it was 0.1)"),

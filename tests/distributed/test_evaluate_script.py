@@ -88,6 +88,7 @@ def test_two_processes_give_the_folder_of_one(single, tmp_path, starter):
     same_folder(single, folder)
 
 
+@pytest.mark.long
 def test_one_process_may_resume_the_run_of_two_and_two_that_of_one(single, tmp_path):
     """What was found is kept: neither records nor nearest adversarial points are computed again."""
     few = [*QUICK, "attacks=[knapsack]", "losses=[ce]", "deltas=[0.01]"]
@@ -125,6 +126,7 @@ def test_fewer_images_than_processes(tmp_path):
     assert {r.n for r in read(tmp_path / "two" / "records.json")} == {1}
 
 
+@pytest.mark.long
 def test_a_sweep_runs_each_job_once_on_all_processes(tmp_path):
     found = torchrun("-m", *QUICK, "attacks=[fgsm]", "losses=[ce]", "seed=0,1", "split=val", folder=tmp_path)
     assert found.status == 0, found.err
@@ -143,6 +145,7 @@ def test_a_sweep_runs_each_job_once_on_all_processes(tmp_path):
     ],
     ids=["lightning", "torchrun", "torchrun, the first alone"],
 )
+@pytest.mark.long
 def test_an_error_is_told_once_and_leaves_nothing(tmp_path, starter, override, words):
     """By all of them together, or by each of them for itself."""
     found = starter(*QUICK, override, "hydra.run.dir=run", folder=tmp_path)

@@ -32,6 +32,7 @@ def test_an_error_on_one_process_is_raised_on_both(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "seconds"), [("die", 200), ("hang", 4), ("ddp", 200)])
+@pytest.mark.long
 def test_nobody_waits_for_a_process_that_is_gone(launch, mode, seconds):
     """Neither for one that has ended nor, beyond the time limit, for one that is still there."""
     started = time.monotonic()

@@ -94,6 +94,7 @@ def test_two_processes_train_what_one_does(compared, cases):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_also_with_a_pool_of_synthetic_images(compared):
     start, one, first, second = compared(list(POOLED.values()))
     for name, *weights in zip(POOLED, one, first, second, strict=True):
@@ -102,6 +103,7 @@ def test_also_with_a_pool_of_synthetic_images(compared):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
+@pytest.mark.long
 def test_a_process_may_have_nothing_to_validate(compared):
     """No image at all, or none in the last of its batches of 4; the network can't take an empty batch."""
     start, one, first, second = compared(list(VALIDATED.values()))

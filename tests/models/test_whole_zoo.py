@@ -123,6 +123,7 @@ def test_every_architecture(every: zoo.ZooEntry) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("asked", "whole"), [([], False), (["-m", "not slow"], False), (["-m", "zoo"], True)])
+@pytest.mark.long
 def test_only_when_asked(asked: list[str], whole: bool) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__, *asked]
     listed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2]).stdout

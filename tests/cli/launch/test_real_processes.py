@@ -62,6 +62,7 @@ def test_torchrun_and_lightning_give_the_same_run_in_one_folder(pair, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tasks_of_slurm_give_the_same_run_in_one_folder(pair, tmp_path):
     """Two processes with the variables that `srun --ntasks-per-node=2` sets."""
     alike = {**SLURM, "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}
@@ -94,6 +95,7 @@ def test_a_run_with_an_added_setting_is_resumed_in_two_processes(tmp_path, start
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_sweeps_in_one_group_of_processes(pair, tmp_path):
     found = torchrun("-m", *QUICK, "trainer.devices=2", "seed=0,3", folder=tmp_path)
     assert found.status == 0, found.err
@@ -103,6 +105,7 @@ def test_torchrun_sweeps_in_one_group_of_processes(pair, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_submitit_gives_every_job_of_a_sweep_two_processes(pair, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=2"]
