@@ -43,7 +43,7 @@ CONTRACT = {
     "finetune": ("all head", "reset_head perturb"),
     "optimizer": ("sgd adamw", ""),
     "scheduler": ("cosine long_warmup steps one_cycle constant", ""),
-    "evaluation": ("default", ""),
+    "evaluation": ("default knapsack", ""),
     "pretrain": ("default", ""),
     "experiment": (
         "quickstart critical_draw finetune_plain trades2019 rebuffi2021 rebuffi2021_pytorch wang2023 hendrycks2019",

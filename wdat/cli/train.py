@@ -193,8 +193,11 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     names = ", ".join(trained[:4]) + (f" and {len(trained) - 4} more" if len(trained) > 4 else "")
     notify(f"network {cfg.model.name}, {models.origin(cfg.model)}: trains {count:,} of {total:,} parameters ({names})")
-    sizes = (data.selection[split] for split in ("train", "val", "test"))
-    notify("images  training: {}; validation, taken from the training set: {}; test: {}".format(*sizes))
+    sizes = (f"{data.splits[split]:,}" for split in ("train", "val", "test"))
+    notify("images  {} training, {} validation (taken from the training set), {} test".format(*sizes))
+    limited = [f"{split} {words}" for split, words in data.selection.items() if not words.startswith("all ")]
+    if limited:
+        notify(f"limits  {'; '.join(limited)}")
     if data.pool is not None:
         notify(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":

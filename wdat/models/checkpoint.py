@@ -152,16 +152,16 @@ def _candidates(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[
 
 def _prefixes(state: State) -> list[str]:
     """The prefixes of wrappers' names that keys begin with, the empty one first."""
-    found = {""}
+    found = {"": None}  # in the order of the file
     for key in state:
         prefix = ""
         for part in key.split(".")[:-1]:
             if part not in WRAPPERS:
                 break
             prefix += f"{part}."
-            found.add(prefix)
+            found[prefix] = None
     if all(key.startswith("1.") or _is_constant(key, state) for key in state):
-        found.add("1.")  # nn.Sequential(normalisation, network)
+        found["1."] = None  # nn.Sequential(normalisation, network)
     return sorted(found, key=len)
 
 
