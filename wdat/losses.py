@@ -86,16 +86,21 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return margin(z, labels) / (top[:, 0] - top[:, 2]).clamp_min(DLR_FLOOR)
 
 
-def check_classes(name: str, classes: int) -> None:
+def check_classes(name: str, classes: int, setting: str = "loss") -> None:
     """Refuse a loss that needs more classes than there are.
+
+    Args:
+        name: The loss.
+        classes: How many there are.
+        setting: Its key on the command line.
 
     Raises:
         SettingError: DLR and ReDLR with fewer than three classes.
     """
     if name in THREE_CLASSES and classes < 3:
         raise SettingError(
-            "the losses dlr and redlr need at least three classes; use ce: losses=[ce], attack.loss=ce, "
-            "evaluation.attack_options.wpgd.loss=ce"
+            f"{setting}={name} needs at least three classes, and there are {classes} (data.num_classes): use ce or margin, as in "
+            "losses=[ce], attack.loss=ce, evaluation.attack_options.wpgd.loss=ce"
         )
 
 

@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from wdat.attacks import PGD, WPGD
-from wdat.cli.build import build, build_attacks, check_classes
+from wdat.cli.build import build, build_attacks
 from wdat.cli.train import check, evaluation_of, optimizer_of
 from wdat.errors import SettingError
+from wdat.losses import check_classes
 from wdat.records import Facts, RecordFile
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -190,9 +191,9 @@ def test_attacks_of_an_evaluation_by_name_or_class(mine):
 
 
 def test_three_classes_are_enough():
-    check_classes(3, {"losses": "redlr"})
-    with pytest.raises(SettingError, match=r"losses=redlr.*data\.num_classes"):
-        check_classes(2, {"losses": "redlr"})
+    check_classes("redlr", 3, "losses")
+    with pytest.raises(SettingError, match=r"losses=redlr needs at least three classes.*attack\.loss=ce"):
+        check_classes("redlr", 2, "losses")
 
 
 def test_nothing_is_built_of_null():

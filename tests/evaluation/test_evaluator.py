@@ -14,6 +14,7 @@ from torch import nn
 
 import wdat
 from wdat.attacks import build
+from wdat.attacks.knapsack import Knapsack
 from wdat.errors import SettingError
 from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.statistics import bootstrap_interval
@@ -237,3 +238,26 @@ def test_the_front_door():
     network, x, y = _problem()
     records = wdat.evaluate(network, [(x, y)], wdat.ThreatModel("inf", "l2", "8/255"), attacks=["fgsm"])
     assert [type(r) for r in records] == [wdat.Record] * 2
+
+
+def test_several_budgets_share_one_search_and_give_what_single_ones_give(monkeypatch):
+    """The knapsack's points are searched once, for the largest budget; its seconds count once."""
+    network, x, y = _problem(40)
+    threat, further = ThreatModel(2, "linf", 0.02), [0.01, 0.04]
+    single = [
+        wdat.evaluate(network, [(x, y)], replace(threat, delta=d), ["wpgd", "knapsack"])[1:] for d in (0.02, *further)
+    ]
+    searches, find = [], Knapsack.find
+
+    def counted(self, *arguments, **options):
+        searches.append(1)
+        return find(self, *arguments, **options)
+
+    monkeypatch.setattr(Knapsack, "find", counted)
+    together = wdat.evaluate(network, [(x, y)], threat, ["wpgd", "knapsack"], deltas=further, pictures=True)[1:]
+    assert len(searches) == 1
+    assert [(r.attack, r.delta) for r in together] == [(r.attack, r.delta) for part in single for r in part]
+    wanted = [r.accuracy for part in single for r in part]
+    assert [r.accuracy for r in together] == pytest.approx(wanted, abs=1e-9)
+    assert 0 < wanted[1] < 1
+    assert ["examples" in r.details for r in together] == [True, True, False, False, False, False]

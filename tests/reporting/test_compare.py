@@ -19,7 +19,7 @@ from wdat.cli.collect import main
 from wdat.errors import SettingError
 from wdat.records import read, write
 from wdat.reporting.compare import CHANGE, DIFFERENCE, compare, over_seeds
-from wdat.reporting.dotplot import dots
+from wdat.reporting.dot_plot import dot_plot
 from wdat.reporting.report import render_collection
 from wdat.reporting.runs import find
 from wdat.reporting.tables import collected, to_csv, to_latex, to_markdown
@@ -281,7 +281,7 @@ def test_the_figure_has_room_for_every_arm(tmp_path, count):
     names = [f"objective=combined, attack=knapsack_budget, number={i}" for i in range(count)]
     for i, name in enumerate(names):
         arm(tmp_path, overrides=name.split(", "), number=3 * i, shift=0.001 * i)
-    figure = dots(compare(find([tmp_path])))
+    figure = dot_plot(compare(find([tmp_path])))
     figure.draw_without_rendering()
     (axes,) = figure.axes
     boxes = sorted((text.get_window_extent() for text in axes.get_yticklabels()), key=lambda box: -box.y0)
@@ -291,7 +291,7 @@ def test_the_figure_has_room_for_every_arm(tmp_path, count):
 
 
 def test_the_figure_draws_what_the_table_says():
-    (axes,) = dots(compare(find([RESULTS / "quickstart"]))).axes
+    (axes,) = dot_plot(compare(find([RESULTS / "quickstart"]))).axes
     drawn = {round(float(c[0].get_xdata()[0]), 6) for c in axes.containers}
     wanted = {
         round(100 * statistics.fmean(accuracies(s, "wpgd", d)), 6) for s in ("before", "after") for d in (0.1, 0.2)

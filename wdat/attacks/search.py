@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from wdat.errors import SettingError, unknown
+from wdat.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ class Search:
 
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
-            raise unknown("effort", str(self.effort), EFFORTS, "attack_options.knapsack.effort")
+            known = ", ".join(EFFORTS)
+            raise SettingError(
+                f"unknown effort '{self.effort}' (attack_options.knapsack.effort): choose one of {known}"
+            )
         for name in ("batch_size", "seed", *OVERRIDES):
             value, least = getattr(self, name), int(name in ("candidates", "steps", "refine", "batch_size"))
             if value is not None and value < least:

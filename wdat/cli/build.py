@@ -13,7 +13,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from wdat.attacks import ATTACKS, Attack
 from wdat.errors import RunError, SettingError, cause, unknown
-from wdat.losses import THREE_CLASSES
 
 
 def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
@@ -99,24 +98,6 @@ def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | At
 
 def _passes(node: Any, attack: Any) -> dict[str, Any]:
     return {} if "batch_size" in attack else {"batch_size": node.batch_size}
-
-
-def check_classes(num_classes: int, losses: Mapping[str, Any]) -> None:
-    """Refuse losses that need more classes than there are.
-
-    Args:
-        num_classes: Of the data.
-        losses: Names of losses by their keys on the command line.
-
-    Raises:
-        SettingError: If a loss needs at least three.
-    """
-    for setting, name in losses.items():
-        if name in THREE_CLASSES and num_classes < 3:
-            raise SettingError(
-                f"{setting}={name} needs at least three classes and the data have {num_classes} (data.num_classes): "
-                "use ce or margin"
-            )
 
 
 def _check(node: Any, setting: str, positional: bool, given: set[str]) -> None:

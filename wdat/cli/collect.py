@@ -17,7 +17,7 @@ from wdat.errors import SettingError
 from wdat.records import Record
 from wdat.reporting import plots
 from wdat.reporting.compare import Comparison, compare
-from wdat.reporting.dotplot import dots
+from wdat.reporting.dot_plot import dot_plot
 from wdat.reporting.frame import STAGES
 from wdat.reporting.report import render_collection
 from wdat.reporting.runs import LABELS, Run, find
@@ -77,7 +77,7 @@ def write_all(comparison: Comparison, runs: Sequence[Run], folder: Path, layout:
     for name, file in FILES.items():
         text = WRITERS[name](comparison, layout)
         (folder / file).write_text(text, encoding="utf-8", errors="backslashreplace")
-    plots.save(dots(comparison), folder / "figure.png")
+    plots.save(dot_plot(comparison), folder / "figure.png")
     page = render_collection(comparison, runs, layout)
     (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     return [folder / file for file in (*FILES.values(), "figure.png", "report.html")]

@@ -16,10 +16,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wdat import models
-from wdat.cli.build import accepts, build, build_attacks, check_classes, try_optimizer
+from wdat.cli.build import accepts, build, build_attacks, try_optimizer
 from wdat.cli.launch import one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
+from wdat.losses import check_classes
 from wdat.objectives import Clean
 from wdat.records import Facts, RecordFile
 from wdat.reporting import dashboard
@@ -160,7 +161,8 @@ def evaluation_of(
     losses = {f"evaluation.losses[{k}]": loss for k, loss in enumerate(cfg.evaluation.losses)}
     losses |= {f"evaluation.attack_options.{a.name}.loss": settings(a).get("loss") for a in evaluation.attacks}
     losses |= {f"attack.{key}": getattr(attack, key, None) for key in ("loss", "radii_loss")}
-    check_classes(cfg.data.num_classes, losses)
+    for setting, loss in losses.items():
+        check_classes(loss or "", cfg.data.num_classes, setting)
     return evaluation
 
 

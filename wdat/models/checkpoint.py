@@ -138,7 +138,7 @@ def _nonfinite(state: Mapping[str, Tensor], parameters: set[str]) -> str:
 
 
 def _candidates(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """The dicts of tensors in a file's content, by the keys that lead to them, joined by dots."""
+    """The dicts of tensors in a file's content, by the keys that lead to them, as in `ema.module`."""
     if not isinstance(content, Mapping) or not content or depth > _DEEPEST:
         return
     if all(isinstance(value, Tensor) for value in content.values()):

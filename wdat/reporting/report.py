@@ -17,7 +17,7 @@ from wdat.errors import SettingError
 from wdat.records import EXAMPLES, Record, budget_name
 from wdat.reporting import plots, results
 from wdat.reporting.compare import Comparison
-from wdat.reporting.dotplot import dots
+from wdat.reporting.dot_plot import dot_plot
 from wdat.reporting.frame import Section, having, order_name, sections, to_frame
 from wdat.reporting.runs import Run, command_of
 from wdat.reporting.tables import collected
@@ -73,7 +73,7 @@ def render_collection(comparison: Comparison, runs: Sequence[Run], layout: str =
     records = [r for run in runs for r in run.records]
     grid = collected(comparison, layout)
     words = "Accuracies of the table: means with their intervals; a tick is a seed."
-    plot = _plot(dots(comparison), "f-", words)
+    plot = _plot(dot_plot(comparison), "f-", words)
     parts: list[Part] = [{"id": "table", "heading": "Comparison", "template": "comparison.html.j2", "grids": [grid],
                           "notes": grid.notes, "plots": [plot]}]  # fmt: skip
     if len(runs) == 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wdat.attacks import Attack
 from wdat.data.batch import Batch
 from wdat.distributed import current, together
-from wdat.errors import SettingError
+from wdat.errors import SettingError, unknown
 from wdat.evaluation import ImageTensors, evaluate
 from wdat.evaluation.evaluator import Progress, plan
 from wdat.gradients import ordinary
@@ -78,8 +78,16 @@ class RobustEvaluation(L.Callback):
         self.threat, self.losses, self.batch_size = threat, tuple(losses), batch_size
         self.attacks = plan(attacks, losses, options, batch_size)
         options, other = options or {}, validation_options or {}
+        names = [attack for attack in attacks if isinstance(attack, str)]
+        for name in other:
+            if name not in names:
+                raise unknown("attack given by name", name, names, f"evaluation.validation_options.{name}")
         both = {name: {**options.get(name, {}), **other.get(name, {})} for name in {*options, *other}}
-        self._attacks = {"test": self.attacks, "val": plan(attacks, losses, both, batch_size)}
+        try:
+            validation = plan(attacks, losses, both, batch_size)
+        except SettingError as error:  # those of `options` alone have passed
+            raise SettingError(str(error).replace("attack_options.", "evaluation.validation_options.")) from error
+        self._attacks = {"test": self.attacks, "val": validation}
         if not self.attacks or not self.losses:
             raise SettingError("evaluation.attacks and evaluation.losses must each name at least one")
         for attack in self.attacks:

@@ -20,7 +20,7 @@ LABEL = 28  # characters of a line of an arm's name
 
 
 @house_style()
-def dots(comparison: Comparison) -> Figure:
+def dot_plot(comparison: Comparison) -> Figure:
     """Accuracies of all rows: each seed as a tick, the mean as a dot, its 95 % interval as a bar.
 
     Args:
