@@ -99,8 +99,8 @@ def check_classes(name: str, classes: int, setting: str = "loss") -> None:
     """
     if name in THREE_CLASSES and classes < 3:
         raise SettingError(
-            f"{setting}={name} needs at least three classes, and there are {classes} (data.num_classes): use ce or margin, as in "
-            "losses=[ce], attack.loss=ce, evaluation.attack_options.wpgd.loss=ce"
+            f"{setting}={name} needs at least three classes, and there are {classes} (data.num_classes): use ce "
+            "or margin, as in losses=[ce], attack.loss=ce, evaluation.attack_options.wpgd.loss=ce"
         )
 
 
