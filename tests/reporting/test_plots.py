@@ -79,6 +79,15 @@ def test_attacks_at_single_budgets_are_points_and_no_lines():
     assert not curves_of(axes)
 
 
+def test_clean_accuracy_stands_at_zero_and_no_point_is_outside_of_the_axes():
+    """Also before and after training, where points at one budget are drawn side by side."""
+    axes = accuracy_curves(section_of(*RECORDS)).axes[0]
+    drawn = {c.get_label(): c[0].get_xdata() for c in axes.containers}
+    assert [list(x) for label, x in drawn.items() if label.startswith("clean")] == [[0.0], [0.0]]
+    low, high = axes.get_xlim()
+    assert all(low < x < high for points in drawn.values() for x in points)
+
+
 def test_intervals_are_those_of_the_records():
     axes = accuracy_curves(section_of(*RECORDS[:2])).axes[0]
     (bars,) = [c for c in axes.containers if c.get_label().startswith("W-PGD")]

@@ -149,7 +149,7 @@ def accuracy_curves(section: Section, axes: Axes | None = None) -> Figure:
             axes.fill_between(scale * grid, 100 * ends["lower"], 100 * ends["upper"], label=plain(words), **band)
         points += _points(section, stage, rows[~curved], when)
     for number, (label, colour, marker, pale, rows) in enumerate(drawn := _together(points)):
-        offset = 0.007 * scale * reach * (number - (len(drawn) - 1) / 2) if label != "clean" else 0.0
+        offset = 0.007 * scale * reach * (number - (len(drawn) - 1) / 2) if not label.startswith("clean") else 0.0
         look = {"color": colour, "mfc": "white" if pale else colour, "alpha": 0.65 if pale else 1}
         _intervals(axes, rows, scale, offset, fmt=marker, label=plain(label), **look)
     axes.set(xlim=(-0.02 * scale * reach, scale * reach), ylim=(0, 100), ylabel="accuracy in percent")
