@@ -1,4 +1,4 @@
-"""FAB, the Fast Adaptive Boundary attack (Croce & Hein 2020, arXiv 1907.02044), without a budget: nearest flips.
+"""FAB, the Fast Adaptive Boundary attack (Croce & Hein 2020, arXiv 1907.02044), without a budget: minimum-norm points.
 
 Here too is what every call of `pyautoattack` needs: a network it can handle, and a process left as it was found.
 """

@@ -23,7 +23,7 @@ class Allocation:
 
     Attributes:
         accuracy: What is left, in [0, 1], the fractional image included.
-        mass: (N,), share of each image's mass that is moved onto its flip, in [0, 1]; 1 for misclassified images,
+        mass: (N,), share of each image's mass that is moved onto its point, in [0, 1]; 1 for misclassified images,
             which cost nothing.
         critical: d*, the largest distance paid for; 0 where nothing is.
         length: W_p length that is spent.
@@ -39,7 +39,7 @@ def solve(distances: Tensor, threat: ThreatModel) -> Allocation:
     """Attack the cheapest images first.
 
     Args:
-        distances: (N,), in pixel units: 0 where misclassified, inf where no flip is known.
+        distances: (N,), in pixel units: 0 where misclassified, inf where no point is known.
         threat: Budget and order, p in [1, inf].
     """
     d = distances.detach().double()
@@ -103,7 +103,7 @@ def curve(distances: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         Budgets δ_k, increasing from 0, and accuracies after each further image; between two of them accuracy is linear
-        in δ^p (constant at p = inf). Images without a flip are never reached.
+        in δ^p (constant at p = inf). Images without a point are never reached.
     """
     d = distances.detach().double()
     n = len(d)

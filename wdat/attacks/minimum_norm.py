@@ -32,7 +32,7 @@ from wdat.seeding import generator
 from wdat.threat import ThreatModel, contract, image_norm, per_image
 
 Report = Callable[[int, int], None]
-Stage = Callable[[Best, Tensor], None]  # improves a chunk, whose images have the places (N,) in the set
+Stage = Callable[[Best, Tensor], None]  # improves a chunk, whose images have the positions (N,) in the set
 
 FIRST_SLACK, SLACK = 1.3, 1.15  # after the first stage, and later: images beyond this multiple of d* leave
 
@@ -82,9 +82,9 @@ class _Part:
     """This process's part of the set, while it is searched."""
 
     def __init__(
-        self, network: Counted, x: Tensor, y: Tensor, norm: str, effort: Effort, search: Search, places: Tensor
+        self, network: Counted, x: Tensor, y: Tensor, norm: str, effort: Effort, search: Search, positions: Tensor
     ) -> None:
-        self.network, self.x, self.y, self.norm, self.places = network, x, y, norm, places
+        self.network, self.x, self.y, self.norm, self.positions = network, x, y, norm, positions
         self.effort, self.search = effort, search
         self.points, self.distances = x.clone(), torch.zeros(len(x), dtype=x.dtype, device=x.device)
         self.plan = _stages(effort, search.seed, forward(network.network, x[:0]).shape[1])  # a blank image, not counted
@@ -121,7 +121,7 @@ class _Part:
         for here in rows.split(self.search.batch_size):  # type: ignore[no-untyped-call]
             chunk = (self.x[here], self.y[here], self.norm, self.points[here], self.distances[here])
             best = Best(self.network, *chunk)
-            self.plan[stage](best, self.places[here.cpu()])
+            self.plan[stage](best, self.positions[here.cpu()])
             best.bisect(self.effort.bisections)
             self.points[here], self.distances[here], self.stages[here] = best.points, best.distances, stage + 1
             self.moved[here] = True
@@ -147,7 +147,7 @@ class _Part:
 def _targeted(effort: Effort, number: int) -> Stage:
     """A descent from the images towards the class with the nearest linearised boundary, or a further one."""
 
-    def run(best: Best, places: Tensor) -> None:
+    def run(best: Best, positions: Tensor) -> None:
         classes, first = nearest_classes(best, effort.candidates)
         target = towards(classes[:, number])
         descend(best, best.x, target, effort.steps, FAR, None if number else first)
@@ -158,11 +158,13 @@ def _targeted(effort: Effort, number: int) -> Stage:
 def _untargeted(effort: Effort, number: int, seed: int) -> Stage:
     """A descent from the nearest points so far, or from random points at their distance."""
 
-    def run(best: Best, places: Tensor) -> None:
+    def run(best: Best, positions: Tensor) -> None:
         if not number:
             descend(best, best.points, margin, effort.refine, FINE)
             return
-        draws = [torch.rand(best.x.shape[1:], generator=generator(seed, "search", number, k)) for k in places.tolist()]
+        draws = [
+            torch.rand(best.x.shape[1:], generator=generator(seed, "search", number, k)) for k in positions.tolist()
+        ]
         noise = torch.stack(draws).to(best.x) * 2 - 1
         reach = best.distances.where(best.distances.isfinite(), best.distances.new_tensor(0.03))
         start = contract(best.x, best.x + per_image(reach, best.x) * noise, reach, best.norm).clamp_(0, 1)
@@ -174,7 +176,7 @@ def _untargeted(effort: Effort, number: int, seed: int) -> Stage:
 def _penalty(effort: Effort) -> Stage:
     """A penalty descent from the images; in linf a descent of the radius follows, from the points it found."""
 
-    def run(best: Best, places: Tensor) -> None:
+    def run(best: Best, positions: Tensor) -> None:
         points = penalise(best, best.x, effort.penalty)
         if best.norm == "linf":
             descend(best, points, margin, effort.refine, FINE)
@@ -183,7 +185,7 @@ def _penalty(effort: Effort) -> Stage:
 
 
 def _fab(effort: Effort, seed: int) -> Stage:
-    def run(best: Best, places: Tensor) -> None:
+    def run(best: Best, positions: Tensor) -> None:
         found = fab_points(best.network, best.x, best.y, best.norm, effort.fab, targets=effort.fab_targets, seed=seed)
         best.offer(found, forward(best.network, found, len(found)))
 
@@ -243,7 +245,7 @@ def nearest_adversarial(
         norm: Ground norm.
         search: How hard to look.
         report: Called with image stages done and to be done in all.
-        rows: (N,), the images' places in the set, by which random starts are drawn; None for 0 to N − 1.
+        rows: (N,), the images' positions in the set, by which random starts are drawn; None for 0 to N − 1.
         threats: Budgets that the distances are to serve; none serves all of them.
         previous: What the same search found for smaller budgets; only images that these left out are searched.
         processes: Hold the other parts of the set.
@@ -251,10 +253,10 @@ def nearest_adversarial(
     Returns:
         Points and distances, and up to which distance they serve.
     """
-    places = torch.arange(len(x)) if rows is None else rows.cpu()
+    positions = torch.arange(len(x)) if rows is None else rows.cpu()
     counted = Counted(network).eval()
     with together(processes):
-        part = _Part(counted, x, y, norm, search.within(norm), search, places)
+        part = _Part(counted, x, y, norm, search.within(norm), search, positions)
         part.begin(previous)
     effort = list(previous.effort) if previous else []
     spent = effort[-1][0] if effort else 0.0
