@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,17 +14,27 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     Args:
         folder: A folder that the block may make, with those above it.
     """
-    made = [place for place in (folder, *folder.absolute().parents) if not _exists(place)]
+    made = absent(folder)
     try:
         yield
     finally:
-        for place in made:
-            with suppress(OSError, ValueError):  # it isn't there, or isn't empty
-                place.rmdir()
+        remove_empty(made)
 
 
-def _exists(place: Path) -> bool:
+def absent(folder: Path) -> list[Path]:
+    """Of a folder and those above it, the ones that don't exist, the outermost first."""
+    return [path for path in (*reversed(folder.absolute().parents), folder) if not _exists(path)]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Take away those of these folders, the outermost first, that are there and empty."""
+    for folder in reversed(folders):
+        with suppress(OSError, ValueError):  # it isn't there, or isn't empty
+            folder.rmdir()
+
+
+def _exists(folder: Path) -> bool:
     try:
-        return place.exists()
+        return folder.exists()
     except (OSError, ValueError):  # no such name can be
         return False

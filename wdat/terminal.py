@@ -16,6 +16,9 @@ from rich.text import Text
 
 SECRET = re.compile(r"(^|_|\.|api)(keys?|tokens?|secrets?|passw(or)?ds?|credentials?)$", re.IGNORECASE)  # ends of names
 HIDDEN = "***"
+INNER = re.compile(  # a name and its value inside of a dict in Hydra's grammar
+    r"""(\w+)(['"]?\s*:\s*)(\[[^\]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,}\]]+)"""
+)
 
 
 def prepare_environment() -> None:
@@ -36,12 +39,29 @@ def is_secret(key: str) -> bool:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """Nested plain values, those under secret names hidden."""
+    """Nested plain values, those under secret names hidden, however deep they lie.
+
+    Args:
+        value: A configuration in plain values.
+        key: The name it stands under.
+    """
     if isinstance(value, dict):
-        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+        return {name: without_secrets(item, key if is_secret(key) else str(name)) for name, item in value.items()}
     if isinstance(value, list):
         return [without_secrets(item, key) for item in value]
     return HIDDEN if value not in (None, "") and is_secret(key) else value
+
+
+def without_secret(override: str) -> str:
+    """An override such as `logger.api_key=abc`, its value hidden under a secret name, also one inside of the value."""
+    key, sign, value = override.partition("=")
+    if sign and value and is_secret(key):
+        return f"{key}={HIDDEN}"
+
+    def hidden(found: re.Match[str]) -> str:
+        return f"{found[1]}{found[2]}{HIDDEN}" if is_secret(found[1]) else found[0]
+
+    return f"{key}{sign}{re.sub(INNER, hidden, value)}"
 
 
 def printable(text: object) -> str:

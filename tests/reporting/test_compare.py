@@ -153,11 +153,20 @@ def test_an_evaluation_belongs_to_the_arm_that_left_its_checkpoint(tmp_path):
     }  # fmt: skip
 
 
-def test_keys_in_a_command_are_masked(tmp_path):
-    arm(tmp_path, seeds=(0,), overrides=["logger.api_key=abc123"])
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("logger.api_key=abc123", "logger.api_key=***"),
+        ("+logger.tokens=[abc123]", "+logger.tokens=***"),
+        ("logger.settings={entity:me,token:abc123,mode:x}", "logger.settings={entity:me,token:***,mode:x}"),
+        ("++logger.credentials={user:me,key:abc123}", "++logger.credentials=***"),
+    ],
+)
+def test_keys_in_a_command_are_masked(tmp_path, override, shown):
+    arm(tmp_path, seeds=(0,), overrides=[override])
     (run,) = find([tmp_path])
     assert "abc123" not in run.command
-    assert "logger.api_key=***" in run.command.replace("'", "")
+    assert shown in run.command.replace("'", "")
 
 
 def test_one_seed_measured_twice_is_said(tmp_path):

@@ -120,14 +120,17 @@ def test_the_configuration_is_resolved_but_for_the_environment(monkeypatch):
     monkeypatch.setenv("WDAT_SECRET", "hunter2")
     cfg = OmegaConf.create(
         {"seed": 3, "of": "${seed}", "path": "${oc.env:WDAT_SECRET}/x", "again": ["${path}"], "key": "???",
-         "folder": "${hydra:runtime.output_dir}", "logger": {"api_key": "abc", "Password": "def", "token": None}}
+         "folder": "${hydra:runtime.output_dir}", "logger": {
+             "api_key": "abc", "Password": "def", "token": None, "tokens": ["ghi"], "credentials": {"user": "me"}}}
     )  # fmt: skip
     found = configuration(cfg)
     assert "hunter2" not in str(found)
     assert found == {
         "seed": 3, "of": 3, "path": "${oc.env:WDAT_SECRET}/x", "again": ["${oc.env:WDAT_SECRET}/x"], "key": None,
         "folder": "${hydra:runtime.output_dir}",
-        "logger": {"api_key": "(left out)", "Password": "(left out)", "token": None},
+        "logger": {
+            "api_key": "***", "Password": "***", "token": None, "tokens": ["***"], "credentials": {"user": "***"}
+        },
     }  # fmt: skip
 
 

@@ -31,9 +31,10 @@ from wdat.cli.arguments import CommandLine, quoted
 from wdat.cli.console import quiet_libraries, readable_errors
 from wdat.cli.launch import agreed, check_launch, cluster, join_group, rank
 from wdat.cli.origin import resumed
-from wdat.cli.run_folder import NOTHING_BY_HYDRA, RunFolder, create, remove_empty
+from wdat.cli.run_folder import NOTHING_BY_HYDRA, RunFolder, create
 from wdat.cli.sweep import Sweep
 from wdat.errors import SettingError
+from wdat.folders import remove_empty
 from wdat.records import Record
 from wdat.terminal import PlainConsole, prepare_environment
 

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from wdat.cli import origin
 from wdat.errors import SettingError
+from wdat.folders import absent, remove_empty
 from wdat.records import read
-from wdat.terminal import is_secret
+from wdat.terminal import without_secret
 
 NOTHING_BY_HYDRA = ("hydra.output_subdir=null", "hydra/job_logging=stdout")
 OTHER = "name another folder (hydra.run.dir=...)"
@@ -56,18 +57,18 @@ def create(path: Path, exclusive: bool = False) -> tuple[Path, list[Path]]:
     Raises:
         SettingError: If the folder can't be made or written.
     """
-    made = [folder for folder in (*reversed(path.parents), path) if not folder.exists()]
+    made = absent(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if exclusive:
             path = _new(path)
-            made = [*(folder for folder in made if folder in path.parents), path]
+            made = [*(folder for folder in made if folder in path.absolute().parents), path]
         path.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # such as a name with a null character
         remove_empty(made)
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise SettingError(f"hydra.run.dir={path} can't be written ({reason}): name another folder") from error
     return path, made
 
@@ -79,13 +80,6 @@ def _new(path: Path) -> Path:
             candidate.mkdir()
             break
     return candidate
-
-
-def remove_empty(made: list[Path]) -> None:
-    """Take back folders that `create` has made, as far as they are empty."""
-    for folder in reversed(made):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 class RunFolder:
@@ -263,4 +257,4 @@ def _shown(key: str, settings: dict[str, Any]) -> str:
     if key not in settings:
         return f"{key}=nothing"
     value = settings[key]
-    return f"{key}={'***' if is_secret(key) else 'null' if value is None else value}"
+    return without_secret(f"{key}={'null' if value is None else value}")

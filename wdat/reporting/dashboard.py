@@ -19,8 +19,8 @@ from PIL import Image
 from wdat.records import EXAMPLES, Record, budget_name
 from wdat.reporting.frame import having, paired, to_frame
 from wdat.reporting.report import classes, picture
-from wdat.reporting.runs import SECRET
 from wdat.reporting.tables import Grid, before_after, markdown
+from wdat.terminal import without_secrets
 
 OF_SETS = ("acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance")
 METRICS = {  # group: names, the same with every logger
@@ -76,10 +76,10 @@ def configuration(cfg: DictConfig) -> dict[str, Any]:
     """The configuration in plain values that may be shown to others.
 
     What comes from the environment or from this machine stands as it is written, such as `${oc.env:HOME}`, also where
-    another setting refers to it; values under names such as `token` and `password` are left out.
+    another setting refers to it; values under names such as `token` and `password` are hidden.
     """
     raw = OmegaConf.create(_escaped(OmegaConf.to_container(cfg, resolve=False)))
-    return _without_secrets(OmegaConf.to_container(raw, resolve=True))  # type: ignore[no-any-return]
+    return without_secrets(OmegaConf.to_container(raw, resolve=True))  # type: ignore[no-any-return]
 
 
 def _escaped(value: Any) -> Any:
@@ -91,12 +91,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, str):
         return None if value == "???" else re.sub(r"\$\{(?=[\w.]+:)", r"\\${", value)
     return value
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: "(left out)" if v and SECRET.search(str(k)) else _without_secrets(v) for k, v in value.items()}
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def examples(records: Sequence[Record], folder: Path) -> pd.DataFrame:

@@ -25,13 +25,13 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from wdat.errors import SettingError
 from wdat.records import Key, Record, read
+from wdat.terminal import without_secret
 
 LABELS = ("auto", "overrides", "folder")
 DEFAULTS = "defaults"  # the arm of runs with no setting of their own
 ELSEWHERE = ("seed", "resume", "logger", "model", "model.name", "data", "device", "save_distances", "trainer.devices",
              "trainer.num_nodes", "trainer.accelerator")  # fmt: skip
 EVALUATION = ("attacks", "deltas", "losses", "threat", "model", "data", "attack_options", "batch_size", "certified")
-SECRET = re.compile(r"(^|_|\.|api)(key|token|secret|passw(or)?d|credentials?)$", re.IGNORECASE)  # names of settings
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ def command_of(folder: Path) -> str | None:
         script = str(settings["hydra"]["job"]["name"])
     except (KeyError, TypeError):
         script = "train"
-    shown = [f"{_key(o)}=***" if SECRET.search(_key(o)) else o for o in overrides]
-    return shlex.join(["python", f"{script}.py", *shown])
+    return shlex.join(["python", f"{script}.py", *map(without_secret, overrides)])
 
 
 def _yaml(path: Path) -> Any:
