@@ -127,9 +127,8 @@ class Measured(L.LightningModule):
         """Measure them."""
         with together(current(self.device)):
             images = ImageTensors.collect(self._batches, self.device)
-        with stopped_at_once(
-            self.run_dir
-        ):  # Lightning has taken the signals, and would wait for the end of all attacks
+        # Lightning has taken the signals, and would wait for the end of all attacks.
+        with stopped_at_once(self.run_dir):
             self.measure(images, self.device)
 
     validation_step, on_validation_epoch_end = test_step, on_test_epoch_end
