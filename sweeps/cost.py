@@ -5,18 +5,22 @@ The unit is that pair of passes, either pass counting a half. A run of W-DAT tak
 
     E (K + 2)                              training: K steps of the attack, E epochs
     + U                                    passes that measure Υ
-    + E v (2 S + 3.5)                      validation after every epoch
-    + 2 t (2 S + 5.5 + c (2 S + 2))        tests before and after training, at δ and c further budgets
+    + E v (2 S_v + Q + 3.5)                validation after every epoch
+    + 2 t (2 S + D + 5.5 + c (2 S + 2))    tests before and after training, at δ and c further budgets
 
-with v and t the validation and test images as shares of the training images, and S = 50 steps of each of the two
-attacks of evaluation. A training step costs K + 2: one pass at the clean images that sets the radii, K − 1 inner
-steps, two passes for the loss. Half of one more with uniform radii; half of one less where train and eval mode agree
-(no active BatchNorm); less with images of radius zero, which take no inner steps. So it is an upper bound. U is 1 for
-`table`, which is filled once, and one more at each refill; for `exact` 1 every k steps; for `subsample` its share of
-the training images every k steps; 0 for `batch` and `ema`.
+with v and t the validation and test images as shares of the training images; S = 50 and S_v = 20 the steps of each of
+the two gradient attacks of an evaluation on test and on validation images; D and Q the knapsack's search on these, one
+for all budgets, of which the bound of its effort is counted. A training step costs K + 2: one pass at the clean images
+that sets the radii, K − 1 inner steps, two passes for the loss. Half of one more with uniform radii; half of one less
+where train and eval mode agree (no active BatchNorm); less with images of radius zero, which take no inner steps. So it
+is an upper bound. U is 1 for `table`, which is filled once, and one more at each refill; for `exact` 1 every k steps;
+for `subsample` its share of the training images every k steps; 0 for `batch` and `ema`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig
@@ -24,6 +28,9 @@ from omegaconf import DictConfig
 from sweeps import grids
 
 SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # training and test images
+SEARCH = {  # forward and backward passes an image, at most
+    ("quick", "linf"): 30, ("quick", "l2"): 30, ("default", "linf"): 110, ("default", "l2"): 320,
+}  # fmt: skip
 
 
 def plain_epochs(cfg: DictConfig, images: tuple[int, int, int] | None = None) -> float:
@@ -38,10 +45,19 @@ def plain_epochs(cfg: DictConfig, images: tuple[int, int, int] | None = None) ->
     epochs = cfg.trainer.max_epochs
     trained = epochs * steps * cfg.data.batch_size / train
     step = cfg.attack.steps + (2.5 if is_pointwise(cfg) else 2)
-    inner = sum(cfg.evaluation.attack_options[name].steps for name in cfg.evaluation.attacks)
-    validated = epochs // cfg.trainer.check_val_every_n_epoch * val / train * (inner + 3.5)
-    tested = 2 * test / train * (inner + 5.5 + len(cfg.evaluation.curve) * (inner + 2))
+    inner, search = evaluating(cfg)
+    val_inner, val_search = evaluating(cfg, cfg.evaluation.validation_options or {})
+    validated = epochs // cfg.trainer.check_val_every_n_epoch * val / train * (val_inner + val_search + 3.5)
+    tested = 2 * test / train * (inner + search + 5.5 + len(cfg.evaluation.curve) * (inner + 2))
     return float(trained * step + measuring(cfg, epochs * steps, train) + validated + tested)
+
+
+def evaluating(cfg: DictConfig, replaced: Mapping[str, Any] | None = None) -> tuple[float, float]:
+    """Passes of the gradient attacks of an evaluation and of the knapsack's search, in pairs of passes an image."""
+    options = {name: {**cfg.evaluation.attack_options[name], **(replaced or {}).get(name, {})}
+               for name in cfg.evaluation.attacks}  # fmt: skip
+    search = SEARCH[options["knapsack"]["effort"], cfg.threat.norm] / 2 if "knapsack" in options else 0.0
+    return sum(own["steps"] for name, own in options.items() if name != "knapsack"), search
 
 
 def measuring(cfg: DictConfig, steps: int, train: int) -> float:

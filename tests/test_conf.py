@@ -14,7 +14,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
 from wdat import models
-from wdat.attacks import PGD, WPGD
+from wdat.attacks import PGD, WPGD, Knapsack
 from wdat.cli.build import build
 from wdat.cli.train import evaluation_of, optimizer_of
 from wdat.data import ImageDataModule
@@ -43,7 +43,7 @@ CONTRACT = {
     "finetune": ("all head", "reset_head perturb"),
     "optimizer": ("sgd adamw", ""),
     "scheduler": ("cosine long_warmup steps one_cycle constant", ""),
-    "evaluation": ("default knapsack", ""),
+    "evaluation": ("default", "wpgd"),
     "pretrain": ("default", ""),
     "experiment": (
         "quickstart critical_draw finetune_plain trades2019 rebuffi2021 rebuffi2021_pytorch wang2023 hendrycks2019",
@@ -273,9 +273,12 @@ def test_evaluation_has_the_published_settings(composed):
     evaluation = evaluation_of(config, threat, attack, RecordFile(None), Facts(), lambda *_: None)
     assert evaluation.attacks == [
         PGD(loss="ce", steps=50, step_size=1.875 / 50), WPGD(loss="redlr", steps=50, step_size=1.875 / 50),
+        Knapsack(effort="default", batch_size=config.evaluation.batch_size),
     ]  # fmt: skip
     assert evaluation.deltas == pytest.approx([0.025, 0.3])
-    assert evaluation.metrics == {"acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"}
+    assert evaluation.metrics == {
+        "acc_clean", "acc_pointwise", "acc_distributional", "acc_wpgd", "acc_knapsack", "upsilon", "distance"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("choice", choices("averaging"))

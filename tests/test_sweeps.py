@@ -404,6 +404,7 @@ def test_the_formula_of_the_cost_counts_the_passes_of_a_run(choices, tmp_path, m
     sizes = {"train": 32, "val": 8, "test": 8}
     few = {**smoke.SMALL, "data.batch_size": 16, "attack.steps": 4, "pretrain.max_epochs": 0}
     few |= {f"data.limit_{split}": size for split, size in sizes.items()}
+    few |= {"evaluation": "wpgd", "evaluation.validation_options": "{pgd: {steps: 3}}"}  # the knapsack has a bound only
     few |= dict(choice.split("=", 1) for choice in choices)
     point = [f"{key}={value}" for key, value in few.items()]
     counted, prepare = Counter(), models.prepare

@@ -26,7 +26,7 @@ from wdat.records import read
 SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 QUICK = [
     "data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1", "data.limit_test=40",
-    "data.limit_val=30", "threat.delta=0.002",
+    "data.limit_val=30", "threat.delta=0.002", "curve=[]",
     "attack_options.pgd.steps=2", "attack_options.wpgd.steps=3", "attack_options.knapsack.steps=3",
     "attack_options.knapsack.starts=1", "attack_options.knapsack.targets=1",
 ]  # fmt: skip
@@ -306,3 +306,12 @@ def test_as_a_process(tmp_path):
     good = run("attacks=[fgsm,knapsack]")
     assert (good.returncode, good.stderr) == (0, "")
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_budgets_are_those_of_a_training_run(tmp_path):
+    run = tmp_path / "run"
+    few = [argument for argument in QUICK if not argument.startswith("curve")]
+    result = evaluate(*few, "losses=[ce]", "attacks=[wpgd]", f"hydra.run.dir={run}")
+    assert result.status == 0, result.err
+    assert [r.delta for r in read(run / "records.json") if r.attack == "wpgd"] == [0.002, 0.001, 0.004]
+    assert "curve=2 must be a list: curve=[2]" in evaluate(*few, "curve=2", f"hydra.run.dir={tmp_path / 'no'}").err

@@ -22,7 +22,7 @@ EVALUATE = ROOT / "evaluate.py"
 TRAINED = [*QUICK, "pretrain.max_epochs=0", "data.limit_train=32"]
 EVALUATED = [
     "data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer.devices=1", "data.limit_test=20",
-    "threat.delta=0.002", "attacks=[fgsm]", "losses=[ce]",
+    "threat.delta=0.002", "curve=[]", "attacks=[fgsm]", "losses=[ce]",
 ]  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_a_run_that_has_no_checkpoint_to_resume_may_begin_again(here, stages):
     shutil.copy("training/checkpoints/best.ckpt", "without/checkpoints")  # after it the disk was full
     result = run_script(SCRIPT, *TRAINED, "hydra.run.dir=without")
     assert result.status == 0, result.err
-    assert [r.stage for r in read(here / "without" / "records.json")] == ["before"] * 3 + ["epoch"] * 3 + ["after"] * 3
+    assert [r.stage for r in read(here / "without" / "records.json")] == ["before"] * 4 + ["epoch"] * 4 + ["after"] * 4
 
 
 def test_an_error_before_anything_was_saved_puts_the_folder_back(here):

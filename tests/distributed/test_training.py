@@ -109,5 +109,5 @@ def test_a_process_may_have_nothing_to_validate(compared):
     start, one, first, second = compared(list(VALIDATED.values()))
     for name, *weights in zip(VALIDATED, one, first, second, strict=True):
         same_weights(start, *weights, name)
-        keys = {"acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance"}
+        keys = {"acc_clean", "acc_pointwise", "acc_wpgd", "acc_knapsack", "acc_distributional", "upsilon", "distance"}
         assert {f"logged val/{key}" for key in keys} <= set(weights[0])

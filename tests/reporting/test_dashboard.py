@@ -37,8 +37,10 @@ SHORT = [
 CONTRACT = [  # written out once more, as it was agreed
     "train/loss", "train/loss_clean", "train/loss_pointwise", "train/loss_distributional", "train/upsilon",
     "train/radius_max", "train/top1_share", "train/zero_radii",
-    "val/acc_clean", "val/acc_pointwise", "val/acc_distributional", "val/upsilon", "val/distance",
-    "test/acc_clean", "test/acc_pointwise", "test/acc_distributional", "test/upsilon", "test/distance",
+    "val/acc_clean", "val/acc_pointwise", "val/acc_wpgd", "val/acc_knapsack", "val/acc_distributional",
+    "val/upsilon", "val/distance",
+    "test/acc_clean", "test/acc_pointwise", "test/acc_wpgd", "test/acc_knapsack", "test/acc_distributional",
+    "test/upsilon", "test/distance",
     "cost/seconds_per_step", "cost/images_per_second",
 ]  # fmt: skip
 
@@ -283,7 +285,10 @@ def test_an_offline_run_of_wandb_holds_everything(offline, home, tmp_path, monke
     }.items():
         assert last[f"results/{key}/_type"][f"results/{key}/_type"] == f"{kind}-file"
     (media,) = Path("run").rglob("before_after*.table.json")
-    assert [row[0] for row in json.loads(media.read_text())["data"]] == ["clean", *["PGD (CE)", "W-PGD (ReDLR)"] * 2]
+    assert [row[0] for row in json.loads(media.read_text())["data"]] == [
+        "clean",
+        *["PGD (CE)", "W-PGD (ReDLR)", "knapsack"] * 2,
+    ]
     pictures = [files for kind, files in run.artifacts.values() if kind == "run_table" and len(files) > 1]
     assert len(pictures[0]) > 12, "the table and its pictures"
     kept = {kind: files for kind, files in run.artifacts.values() if kind != "run_table"}

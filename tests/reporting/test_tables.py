@@ -52,13 +52,12 @@ def test_before_and_after():
     assert row(text, "clean") == ["clean", "90.00 [85.0, 95.0]", "87.50 [82.5, 92.5]", "-2.50"]
     assert row(text, "PGD (CE)") == [
         "PGD (CE)",
-        "pointwise",
-        "0.1",
+        "pointwise 0.1",
         "50.00 [45.0, 55.0]",
         "56.25 [51.2, 61.3]",
         "+6.25",
     ]
-    assert row(text, "W-PGD")[1:] == ["W₂", "0.1", "25.00 [20.0, 30.0]", "31.25 [26.2, 36.2]", "+6.25"]
+    assert row(text, "W-PGD")[1:] == ["W₂ 0.1", "25.00 [20.0, 30.0]", "31.25 [26.2, 36.2]", "+6.25"]
     assert row(text, "Υ") == ["Υ (CE)", "12.35", "3.00", "-9.35"]
     assert "net[1] on digits, 200 test images, linf" in text
     assert "0.2" not in text

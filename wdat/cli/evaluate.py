@@ -154,9 +154,9 @@ def stopped_at_once(run_dir: Path) -> Iterator[None]:
 
 def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attack], Certificate | None]:
     """The threat, one for each budget, the attacks, and what certifies; refuses what can't be done before any work."""
-    for key in ("attacks", "deltas", "losses"):
+    for key in ("attacks", "losses", "curve" if cfg.deltas is None else "deltas"):
         if not isinstance(cfg[key], ListConfig):
-            usual = {"attacks": "pgd,wpgd,knapsack", "deltas": "8/255", "losses": "ce,redlr"}[key]
+            usual = {"attacks": "pgd,wpgd,knapsack", "deltas": "8/255", "curve": "0.5,2", "losses": "ce,redlr"}[key]
             raise SettingError(f"{key}={cfg[key]} must be a list: {key}=[{cfg[key] or usual}]")
     if cfg.split not in ("test", "val"):
         raise unknown("split", cfg.split, ("test", "val"), "split")
@@ -164,14 +164,18 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
         raise SettingError(
             "save_distances=true writes the distances of the knapsack: add it to attacks, or set it false"
         )
-    if not cfg.deltas or not cfg.losses:
+    if cfg.deltas == [] or not cfg.losses:
         raise SettingError("deltas and losses must each name at least one: deltas=[8/255] losses=[ce]")
     if isinstance(cfg.batch_size, bool) or not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise SettingError(f"batch_size={cfg.batch_size} must be a whole number of images from 1")
     if str(cfg.trainer.precision) not in ("32-true", "32"):
         raise SettingError(f"trainer.precision={cfg.trainer.precision}: evaluation is in float32; leave it 32-true")
     base: ThreatModel = build(cfg.threat, "threat")
-    threats = [ThreatModel(base.p, base.norm, parse_budget(delta, "deltas")) for delta in cfg.deltas]
+    if cfg.deltas is None:
+        deltas = [base.delta, *(factor * base.delta for factor in cfg.curve)]
+    else:
+        deltas = [parse_budget(delta, "deltas") for delta in cfg.deltas]
+    threats = [ThreatModel(base.p, base.norm, delta) for delta in deltas]
     chosen, options = build_attacks(cfg, "")
     attacks = plan(chosen, list(cfg.losses), options, cfg.batch_size)
     for attack in attacks:

@@ -22,7 +22,9 @@ from wdat.reporting.report import classes, picture
 from wdat.reporting.tables import Grid, before_after, markdown
 from wdat.terminal import without_secrets
 
-OF_SETS = ("acc_clean", "acc_pointwise", "acc_distributional", "upsilon", "distance")
+OF_SETS = (
+    "acc_clean", "acc_pointwise", "acc_wpgd", "acc_knapsack", "acc_distributional", "upsilon", "distance",
+)  # fmt: skip
 METRICS = {  # group: names, the same with every logger
     "train": ("loss", "loss_clean", "loss_pointwise", "loss_distributional", "upsilon", "radius_max", "top1_share",
               "zero_radii"),

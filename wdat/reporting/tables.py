@@ -207,13 +207,13 @@ def before_after(records: Sequence[Record], attacks: Sequence[str] | None = None
     rows = []
     for r in paired(frame).itertuples():
         cells = [interval(r.before, r.before_low, r.before_high), interval(r.after, r.after_low, r.after_high)]
-        rows.append([r.attack, r.threat, r.budget, *cells, interval(r.change, None, None, "+")])
+        rows.append([r.attack, f"{r.threat} {r.budget}".strip(), *cells, interval(r.change, None, None, "+")])
     for loss, own in frame[frame["attack"] == "none"].groupby("loss", sort=False):
         values = own.dropna(subset="upsilon").drop_duplicates("stage", keep="last").set_index("stage")["upsilon"]
         texts = [f"{values[stage]:.2f}" if stage in values else "–" for stage in ("before", "after")]
         change = f"{values['after'] - values['before']:+.2f}" if len(values) == 2 else "–"
-        rows.append([f"Υ ({loss_name(loss)})", "", "", *texts, change])
-    cells = pd.DataFrame(rows, columns=["", "threat", "budget", "before", "after", CHANGE])
+        rows.append([f"Υ ({loss_name(loss)})", "", *texts, change])
+    cells = pd.DataFrame(rows, columns=["", "budget", "before", "after", CHANGE])
     return Grid(cells, _title(frame), ("Accuracy in percent [95 % interval]",))
 
 

@@ -14,6 +14,7 @@ SHOWN = {
     "train/loss": ("loss", "{:.3f}", 1),
     "val/acc_clean": ("clean", "{:.2f} %", 100),
     "val/acc_pointwise": ("pointwise", "{:.2f} %", 100),
+    "val/acc_wpgd": ("W-PGD", "{:.2f} %", 100),
     "val/acc_distributional": ("distributional", "{:.2f} %", 100),
     "val/upsilon": ("Υ", "{:.2f}", 1),
 }

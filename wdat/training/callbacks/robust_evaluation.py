@@ -43,7 +43,7 @@ class RobustEvaluation(L.Callback):
         attacks: Names, or attacks; pointwise ones run at p = inf.
         losses: For each, one clean record and one run of every attack given by name.
         options: Settings of attacks given by name, such as `{"wpgd": {"steps": 100}}`.
-        validation_options: Those that replace them on validation images.
+        validation_options: Those that replace them on validation images; without effect where that attack isn't run.
         deltas: Further budgets at which a test set is attacked.
         network: The attribute of the module that holds the network; empty for the module itself.
         stage: What records outside training say; None for `before` until the trainer has trained and `after` from then.
@@ -78,7 +78,7 @@ class RobustEvaluation(L.Callback):
         self.threat, self.losses, self.batch_size = threat, tuple(losses), batch_size
         self.attacks = plan(attacks, losses, options, batch_size)
         options, other = options or {}, validation_options or {}
-        names = [attack for attack in attacks if isinstance(attack, str)]
+        names = sorted({*options, *(attack for attack in attacks if isinstance(attack, str))})
         for name in other:
             if name not in names:
                 raise unknown("attack given by name", name, names, f"evaluation.validation_options.{name}")
