@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from wdat import models
 from wdat.cli.build import accepts, build, build_attacks, try_optimizer
-from wdat.cli.launch import one_at_a_time
+from wdat.cli.devices import synchronised, told
+from wdat.cli.launch import device_count, one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
 from wdat.losses import check_classes
@@ -35,6 +36,7 @@ from wdat.training.callbacks import RobustEvaluation, WorkProgress
 from wdat.training.checkpointing import SafeCheckpointIO
 from wdat.training.module import WDATModule
 from wdat.training.optimizers import peak_rate
+from wdat.training.requests import Requests
 from wdat.training.schedulers import Cosine
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
@@ -62,7 +64,11 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
     evaluation = evaluation_of(cfg, threat, attack, results, facts, progress.report)
-    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    requests = Requests()
+    callbacks = [
+        build(node, f"callbacks.{name}", **({"requests": requests} if accepts(node, "requests") else {}))
+        for name, node in cfg.callbacks.items()
+    ]
     callbacks += [build(cfg.averaging, "averaging"), evaluation, progress]
 
     redrawn = cfg.finetune.get("init") == "reset_head" and accepts(cfg.model, "new_head")
@@ -77,15 +83,18 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data, threat)
     trained = build(cfg.finetune, "finetune")(network, image_shape=data.image_shape)
-    describe(cfg, network, trained, data)
     if data.pool is not None:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
         network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
-        cfg.optimizer.exempt, notify=notify, progress=progress.report,
+        cfg.optimizer.exempt, notify=notify, progress=progress.report, requests=requests,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
-    trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])
+    sync = _synchronised(cfg, network)
+    around = {"callbacks": callbacks, "logger": logger, "plugins": [SafeCheckpointIO()], "sync_batchnorm": sync}
+    trainer: L.Trainer = build(cfg.trainer, "trainer", **around)
+    notify(f"devices {told(trainer, cfg.data.batch_size, network, sync)}")
+    describe(cfg, network, trained, data)
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     dashboard.begin(trainer.loggers, cfg)
 
@@ -151,7 +160,7 @@ def evaluation_of(
             threat, attacks, losses=list(cfg.evaluation.losses), options=options,
             validation_options={**cfg.evaluation.validation_options},
             deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
-            records=records, facts=facts, progress=progress,
+            records=records, facts=facts, progress=progress, tf32=cfg.tf32,
         )  # fmt: skip
     except SettingError as error:
         raise SettingError(re.sub(r"(?<!\.)\battack_options\.", "evaluation.attack_options.", str(error))) from error
@@ -185,8 +194,15 @@ def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule, t
     trainer: L.Trainer = build(
         cfg.trainer, "trainer", max_epochs=cfg.pretrain.max_epochs, limit_val_batches=0, logger=False,
         enable_checkpointing=False, callbacks=[WorkProgress("plain training, epoch")],
+        sync_batchnorm=_synchronised(cfg, network),
     )  # fmt: skip
     trainer.fit(module, data)
+
+
+def _synchronised(cfg: DictConfig, network: nn.Module) -> bool:
+    world_size = device_count(cfg.trainer.accelerator, cfg.trainer.devices) * cfg.trainer.num_nodes
+    on_gpus = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return synchronised(cfg.trainer, network, world_size, on_gpus)
 
 
 def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any) -> None:

@@ -17,19 +17,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from wdat.attacks import Attack
+from wdat.attacks.base import Verification
 from wdat.data.batch import Batch
-from wdat.distributed import Processes, current
+from wdat.distributed import Processes, current, together
 from wdat.errors import RunError, SettingError
 from wdat.evaluation.evaluator import Progress
 from wdat.gradients import forward
 from wdat.losses import correct
 from wdat.objectives import Objective, Terms, total
+from wdat.precision import float32
 from wdat.seeding import generator
 from wdat.sensitivity import Batch as BatchSensitivity
 from wdat.sensitivity import Estimator
 from wdat.threat import ThreatModel
 from wdat.training.norms import training_norms
 from wdat.training.optimizers import decay_groups
+from wdat.training.requests import NAMES, Requests
 from wdat.training.step import Step, modes_agree, not_finite
 
 
@@ -38,7 +41,8 @@ class WDATModule(L.LightningModule):
 
     `training_step` returns a mapping, which callbacks find in `outputs`: `loss`; `terms`, their means over the global
     batch by their names in the log; `attack_result` of the distributional attack, None where the objective doesn't ask
-    for it; `upsilon`, a function that gives Υ, None where the attack doesn't divide its budget by it.
+    for it; `requests`, what any process asks for, None in one process; `upsilon`, a function that gives Υ, None where
+    the attack doesn't divide its budget by it.
 
     Args:
         network: Takes images in [0, 1], gives logits (N, K). Parameters to train have `requires_grad`.
@@ -54,6 +58,7 @@ class WDATModule(L.LightningModule):
         exempt: What has no weight decay, of `norm` and `bias`.
         notify: Told, on the first process, of what a user should know.
         progress: Told of passes over the training images within a step.
+        requests: What this process may ask the others for; each step carries it to them.
 
     Raises:
         SettingError: If the attack can't have this threat.
@@ -73,6 +78,7 @@ class WDATModule(L.LightningModule):
         exempt: Sequence[str] = (),
         notify: Callable[[str], None] = rank_zero_warn,
         progress: Progress | None = None,
+        requests: Requests | None = None,
     ) -> None:
         super().__init__()
         if attack is not None:
@@ -82,6 +88,7 @@ class WDATModule(L.LightningModule):
         self.sensitivity = sensitivity or BatchSensitivity()
         self.make_optimizer, self.scheduler, self.exempt = optimizer, scheduler, tuple(exempt)
         self.keep_eval, self.seed, self.notify, self.progress = keep_eval, seed, notify, progress
+        self.requests = requests
         self.accuracy = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._modes_agree: bool | None = None
         self._attack_expected = attack is not None
@@ -129,7 +136,7 @@ class WDATModule(L.LightningModule):
         step = Step(self.network, batch, *about)
         terms = self.objective(self.network, batch, step)
         loss = total(terms)
-        means = self._log_terms(batch, loss, terms, processes)
+        means, requests = self._told(batch, loss, terms, step.verifications, processes)
         if self._attack_expected and step.result is None and self.attack is not None:
             self.notify(f"this objective has no distributional term, so attack={self.attack.name} is not used")
         self._attack_expected = False
@@ -138,6 +145,7 @@ class WDATModule(L.LightningModule):
             "loss": loss * share if share != 1 else loss,
             "terms": means,
             "attack_result": step.result,
+            "requests": requests,
             "upsilon": self.sensitivity.upsilon if step.divides else None,
         }
 
@@ -146,21 +154,37 @@ class WDATModule(L.LightningModule):
             self._modes_agree = modes_agree(self.network, x)
         return self._modes_agree
 
-    def _log_terms(self, batch: Batch, loss: Tensor, terms: Terms, processes: Processes) -> dict[str, float]:
+    def _told(
+        self, batch: Batch, loss: Tensor, terms: Terms, verifications: Sequence[Verification], processes: Processes
+    ) -> tuple[dict[str, float], frozenset[str] | None]:
         """Log the averages over the global batch, and stop all processes where they aren't finite.
+
+        Everything that the host has to know of a step, of all processes, it reads here at once.
+
+        Returns:
+            The averages, and what any process asks for; None where no other one could.
 
         Raises:
             RunError: If the loss isn't finite; nothing has been updated yet.
+            ConstraintError: If an attack left its threat model, likewise.
         """
         own = {"loss": loss, **{f"loss_{name}": term.values.mean() for name, term in terms.items()}}
-        mine: list[float] = torch.stack([value.detach() for value in own.values()]).double().tolist()
-        sums = processes.sum([value * len(batch.y) / batch.size for value in mine])
+        mine = torch.stack([value.detach() for value in own.values()]).double() * len(batch.y) / batch.size
+        shared = self.requests if processes.world_size > 1 else None
+        asked = torch.tensor(shared.taken() if shared else [], dtype=torch.float64).to(mine.device, non_blocking=True)
+        broken = [check.broken.view(1) for check in verifications]
+        summed, sums = processes.total(torch.cat([mine, asked, *broken]))
+        flags = sums[len(mine) :]
+        if any(flags[len(asked) :]):
+            with together(processes):
+                for check in verifications:
+                    check.verify()
         if not all(map(math.isfinite, sums)):
-            raise RunError(not_finite(self.network, batch, mine[0]))
-        means = dict(zip(own, sums, strict=True))
-        for key, value in means.items():
+            raise RunError(not_finite(self.network, batch, float(loss)))
+        for key, value in zip(own, summed.float(), strict=False):
             self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
-        return means
+        requests = frozenset(name for name, flag in zip(NAMES, flags, strict=False) if flag) if shared else None
+        return dict(zip(own, sums, strict=False)), requests
 
     def _measure(self, step: int) -> None:
         """Measure the dual norms that the estimator wants before this step, on all processes together."""
@@ -195,7 +219,7 @@ class WDATModule(L.LightningModule):
     def _count(self, split: str, batch: Any) -> None:
         x, y = batch[0], batch[1]
         accuracy = cast(MeanMetric, self.accuracy[split])
-        with torch.autocast(self.device.type, enabled=False):  # evaluation is always in float32
+        with float32(self.device):  # evaluation is always in float32
             accuracy.update(correct(forward(self.network, x), y).float())
         self.log(f"{split}/acc_clean", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
