@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from matplotlib import image
 from omegaconf import OmegaConf
 from PIL import Image
 from script_runner import run_script
+from torch.utils.data import DataLoader, TensorDataset
 
 import wdat
 from wdat.attacks import ATTACKS
@@ -32,7 +36,9 @@ from wdat.records import Record, read
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+PAGES = {
+    str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+}
 SCRIPTS = ("train.py", "evaluate.py")
 FENCE = re.compile(r"(?:^\*\*(?P<title>[^*\n]+)\*\*\n\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 
@@ -193,8 +199,8 @@ def test_files_named_in_the_prose_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_the_map_of_the_readme_has_every_part():
-    (rows,) = re.findall(r"^\| where \| what \|\n\| --- \| --- \|\n((?:\|.*\n)+)", prose("README.md"), re.M)
+def test_the_map_of_the_code_has_every_part():
+    (rows,) = re.findall(r"^\| where \| what \|\n\| --- \| --- \|\n((?:\|.*\n)+)", prose("CONTRIBUTING.md"), re.M)
     named = [name for row in rows.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     parts = [name for name in named if "." not in name and "/" not in name]
     package = [file for file in (ROOT / "wdat").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()]
@@ -208,15 +214,29 @@ def test_the_index_has_every_page():
         assert page.name == "README.md" or f"({page.name})" in index
 
 
+def script(name):
+    """A script of the pages, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_the_docs", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_made_from_committed_records():
+    for file, text in script("front").pages():
+        assert file.read_text("utf-8") == text, "another table: python -m docs.front"
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].read_text("utf-8").splitlines()) <= 120
+
+
 def test_figures_are_made_from_committed_records(tmp_path):
-    spec = importlib.util.spec_from_file_location("figures_of_the_docs", DOCS / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    made = figures.draw(tmp_path)
+    made = script("figures").draw(tmp_path)
     assert {f.name for f in made} <= {f.name for f in DOCS.glob("*.png")}
     shown = " ".join(page.read_text("utf-8") for page in PAGES.values())
     for file in made:
-        assert f"({file.name})" in shown
+        assert f"{file.name})" in shown
         fresh, committed = image.imread(file)[..., :3], image.imread(DOCS / file.name)[..., :3]
         assert fresh.shape == committed.shape
         assert fresh.std() == pytest.approx(committed.std(), rel=0.1), "another picture: python -m docs.figures"
@@ -365,12 +385,54 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_robustbench_loads_an_export(own):
+    """In a process of its own, in which nothing else has imported robustbench."""
+    (snippet,) = [b.body for b in blocks("docs/zoo.md") if b.language == "python"]
+    build, _, load = snippet.partition("network.load_state_dict")
+    made = build + 'torch.save(network.state_dict(), "Rebuffi2021Fixing_R18_ddpm-wdat.pt")\n'
+    command = [sys.executable, "-W", "ignore", "-c", f"{made}network.load_state_dict{load}import autoattack.state"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=own, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_from_python(problem):
     (snippet,) = [b.body for b in blocks("README.md") if b.language == "python"]
     scope = dict(vars(problem))
     exec(snippet.replace('"knapsack"', '"wfgsm"'), scope)
     assert scope["result"].x_adv.shape == problem.x.shape
     assert {r.attack for r in scope["records"]} == {"none", "pgd", "wpgd", "wfgsm"}
+
+
+def test_the_callback_in_a_module_of_ones_own(own, problem, monkeypatch):
+    (snippet,) = [b.body for b in blocks("docs/lightning.md") if b.language == "python"]
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = problem.network.train()
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    monkeypatch.chdir(own)
+    quiet = (
+        "L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, "
+        "accelerator='cpu', "
+    )
+    loader = DataLoader(TensorDataset(problem.x, problem.y), 16)
+    scope = {"module": Module(), "train_loader": loader, "val_loader": loader}
+    exec(snippet.replace("L.Trainer(", quiet), scope)
+    logged = {f"val/{name}" for name in re.findall(r"`val/(\w+)`", prose("docs/lightning.md"))}
+    assert set(scope["trainer"].callback_metrics) == logged
+    assert {r.attack for r in wdat.load_records("robustness.json")} == {"none", "pgd", "wpgd", "knapsack"}
 
 
 def test_fine_tuning_ones_own(own):

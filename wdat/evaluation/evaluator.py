@@ -18,8 +18,10 @@ from wdat.attacks import ATTACKS, Attack, Context, build
 from wdat.attacks.base import NONFINITE, check_images
 from wdat.distributed import ALONE, Processes, together
 from wdat.errors import SettingError, unknown
+from wdat.evaluation.bars import Bars
 from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
+from wdat.evaluation.results import Results
 from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
@@ -56,7 +58,12 @@ class ImageTensors:
             SettingError: If there is no batch at all, as a process without images has an empty one, or a batch isn't
                 images and labels.
         """
-        kept = [ordinary(*members(batch)) for batch in batches]
+        return cls.join([members(batch) for batch in batches], device)
+
+    @classmethod
+    def join(cls, parts: Iterable[tuple[Tensor, ...]], device: torch.device) -> ImageTensors:
+        """One set of several parts: images, labels and, where all have them, the rows; raises as `collect`."""
+        kept = [ordinary(*part) for part in parts]
         if not kept:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
         shapes = {tuple(x.shape[1:]) for x, *_ in kept if len(x)}
@@ -315,11 +322,11 @@ def evaluate(
     epoch: int | None = None,
     facts: Facts | None = None,
     processes: Processes = ALONE,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     pictures: bool = False,
     classes: Sequence[str] | None = None,
     tf32: bool = False,
-) -> list[Record]:
+) -> Results:
     """Clean accuracy and accuracy under attacks that share one budget over the whole set.
 
     Always in the precision of the images (IEEE float32, not TF32), in eval mode; the network is left as it was found.
@@ -339,13 +346,14 @@ def evaluate(
         epoch: What they say of the epochs trained.
         facts: What they say of network, data and seed.
         processes: The processes that hold the other parts of the set.
-        progress: Called with a label, steps done and steps in all.
+        progress: True for a bar in a notebook or terminal; or what is called with a label, steps done, steps in all.
         pictures: Whether records of the threat's own budget carry examples and histograms.
         classes: Names of the classes, by label, for the examples.
         tf32: Whether products may use TF32, where the device has it; records tell.
 
     Returns:
-        Clean records, one a loss, then one record for each budget, attack and loss.
+        Clean records, one a loss, then one record for each budget, attack and loss: a list that prints as a table and
+        has `to_frame()` and `plot()`.
 
     Raises:
         SettingError: If the set is empty, or a name, option or image can't be used.
@@ -364,7 +372,8 @@ def evaluate(
     tensors = loader
     if not isinstance(tensors, ImageTensors):
         tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
-    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes, tf32)
+    show = (Bars() if progress else None) if isinstance(progress, bool) else progress
+    about = (stage, split, epoch, facts or Facts(), processes, show, pictures, classes, tf32)
     evaluator = Evaluator(network, tensors, batch_size, *about)
     threats = [threat, *(replace(threat, delta=parse_budget(delta, "deltas")) for delta in deltas)]
     evaluator.check(built, threats, losses)
@@ -373,4 +382,4 @@ def evaluate(
     for own in threats:
         first = own is threat
         records += [evaluator.attacked(attack, own, spent * first, first) for attack, spent in ready]
-    return records
+    return Results(records)
