@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -49,7 +50,7 @@ CONTRACT = {
         "quickstart critical_draw finetune_plain trades2019 rebuffi2021 rebuffi2021_pytorch wang2023 hendrycks2019",
         "",
     ),
-    "logger": ("csv wandb tensorboard", ""),
+    "logger": ("csv wandb tensorboard none", ""),
     "trainer": ("default", "cpu gpu ddp"),
     "callbacks": ("default", "none"),
     "certify": ("none crown smoothing", ""),
@@ -260,7 +261,9 @@ def test_callbacks(composed, choice, tmp_path):
     config = composed(*LOCALLY, f"callbacks={choice}", "monitor=val/acc_clean")
     built = list(map(instantiate, config.callbacks.values()))
     if choice != "default":
+        assert built == []
         return
+    assert isinstance(built.pop([*config.callbacks].index("robust_evaluation")), partial)
     assert {AttackLog, StepCost, BestCheckpoint, LastCheckpoint, GracefulStop} == set(map(type, built))
     (checkpoint,) = (c for c in built if isinstance(c, BestCheckpoint))
     assert (checkpoint.monitor, checkpoint.mode) == ("val/acc_clean", "max")
@@ -296,6 +299,9 @@ def test_averaging(choice):
 def test_loggers_write_into_the_run(composed, choice, tmp_path):
     offline = ("logger.offline=true",) if choice == "wandb" else ()
     logger = instantiate(composed(f"logger={choice}", *offline).logger)
+    if choice == "none":
+        assert logger is None
+        return
     assert isinstance(logger, L.pytorch.loggers.Logger)
     assert Path(logger.save_dir) == tmp_path
     if choice == "wandb":

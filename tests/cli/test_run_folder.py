@@ -94,8 +94,9 @@ def test_a_refused_command_changes_nothing(here, name):
 
 def test_what_hydra_refuses_leaves_no_folder(here):
     before = contents(here)
-    assert run_script(SCRIPT, "data=nothing", "hydra.run.dir=new").status == 1
-    assert run_script(SCRIPT, *TRAINED, "seed=0,1").status == 1
+    assert run_script(SCRIPT, "data=nothing", "hydra.run.dir=new").status == 2
+    assert run_script(SCRIPT, *TRAINED, "seed=0,1").status == 2
+    assert run_script(SCRIPT, *TRAINED, "~attack.nothing").status == 1
     assert contents(here) == before
 
 

@@ -323,11 +323,44 @@ def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
     assert result.out.count("attack=wpgd_budget is not used") == 1
 
 
+SHORT = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
+
+
+def test_without_a_choice_of_checkpoint_the_last_one_is_tested(tmp_path):
+    result = train(*QUICK, *SHORT, "callbacks.checkpoint=null", "logger=none", "hydra.run.dir=run")
+    assert (result.status, result.err) == (0, "")
+    assert [file.name for file in Path("run/checkpoints").iterdir()] == ["last.ckpt"]
+    after = [r for r in read(Path("run/records.json")) if r.stage == "after"]
+    assert {r.checkpoint for r in after} == {"checkpoints/last.ckpt"}
+    assert "last.ckpt" in result.out
+    assert not Path("run/metrics").exists()
+
+
+def test_without_evaluation_nothing_is_measured_and_the_last_checkpoint_is_kept(tmp_path):
+    result = train(*QUICK, *SHORT, "callbacks.robust_evaluation=null", "hydra.run.dir=run")
+    assert (result.status, result.err) == (0, "")
+    assert "nothing is measured" in result.out
+    assert "last.ckpt" in result.out
+    files = {file.name for file in Path("run").iterdir()}
+    assert files & {"records.json", "report.html", "curve.png"} == set()
+    assert [file.name for file in Path("run/checkpoints").iterdir()] == ["last.ckpt"]
+    resumed = train("resume=run", "trainer.max_epochs=2")
+    assert (resumed.status, resumed.err) == (0, "")
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_without_callbacks_a_run_trains_and_saves_nothing(tmp_path):
+    result = train(*QUICK, *SHORT, "callbacks=none", "hydra.run.dir=run")
+    assert (result.status, result.err) == (0, "")
+    assert "epoch 1/1" in result.out
+    assert [file for file in Path("run").rglob("*") if file.suffix in (".ckpt", ".json", ".html")] == []
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def npz(path, labels=(0, 1, 2, 3, 4, 5, 6, 7)):
-    images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.array(labels)
+def npz(path, labels=(0, 1, 2, 3, 4, 5, 6, 7), size=32):
+    images, labels = np.zeros((8, size, size, 3), np.uint8), np.array(labels)
     np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
     return path
 
@@ -375,6 +408,10 @@ BAD = {
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
     "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
     "finetune.trainable=heads": ["finetune.trainable", "head"],
+    "optimizer._target_=torch.optim.AdamW": ["argument of AdamW", "~optimizer.momentum ~optimizer.nesterov"],
+    "optimizer.momentum=-1": ["optimizer", "momentum"],
+    "data.num_classes=2 attack.loss=redlr": ["attack.loss", "three classes"],
+    "attack=wpgd data.num_classes=2 attack.radii_loss=redlr": ["attack.radii_loss"],
     "resume=nowhere": ["resume=nowhere", "not the folder of a run"],
     "seed=-1": ["seed"],
     "monitor=val/acc_distribution": ["monitor", "val/acc_distributional"],
@@ -394,6 +431,13 @@ def test_labels_out_of_range_are_named(tmp_path):
     message = refused("data=npz", f"data.path={path}", "data.val_size=2")
     assert "y_train" in message
     assert "data.num_classes=13" in message
+
+
+@pytest.mark.parametrize("measured", [[], ["callbacks.robust_evaluation=null"]])
+def test_images_that_the_network_cannot_take_are_told_before_any_pass(tmp_path, measured):
+    path = npz(tmp_path / "large.npz", size=64)
+    message = refused("data=npz", f"data.path={path}", "data.val_size=2", *measured)
+    assert "can't take images (1, 3, 64, 64)" in message
 
 
 def checkpoint(kind, folder):

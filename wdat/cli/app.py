@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wdat.cli import CONF
 from wdat.cli.arguments import CommandLine, quoted
+from wdat.cli.composing import check_keys, check_single, composed
 from wdat.cli.console import quiet_libraries, readable_errors
 from wdat.cli.launch import agreed, check_launch, cluster, join_group, rank
 from wdat.cli.origin import resumed
@@ -39,12 +40,6 @@ from wdat.records import Record
 from wdat.terminal import PlainConsole, prepare_environment
 
 CONFIGS = {"train": "config", "evaluate": "evaluate"}
-SUCCEEDED = {
-    "device": "trainer.accelerator=cpu (or gpu) and trainer.devices=1 choose the device",
-    "process_timeout": "the strategy has a timeout: "
-    "trainer.strategy={_target_:lightning.pytorch.strategies.DDPStrategy,timeout:{_target_:datetime.timedelta,"
-    "seconds:1800}}",
-}
 
 
 def run(command: str, skip: int = 1) -> None:
@@ -74,7 +69,7 @@ def run(command: str, skip: int = 1) -> None:
 
     with readable_errors():
         line = CommandLine.parse(sys.argv[skip:])
-        _check_keys(line, command)
+        check_keys(line, command)
         line = agreed(line, prepare) if line.runs else resumed(line)
     sys.argv = [*program, *line.words]
     setbase("1.3")
@@ -86,18 +81,14 @@ def run(command: str, skip: int = 1) -> None:
     sweep.end()
 
 
-def _check_keys(line: CommandLine, command: str) -> None:
-    keys = {override.lstrip("+~").partition("=")[0] for override in line.overrides}
-    for key in keys & set(SUCCEEDED) if command == "evaluate" else ():
-        raise SettingError(f"{key}= is gone: {SUCCEEDED[key]}")
-
-
 def _prepared(line: CommandLine, command: str, name: str) -> tuple[CommandLine, list[Path]]:
     """The command line with the name of its folder, which is made; and the folders that were made."""
     line = line.add(*NOTHING_BY_HYDRA, *([] if line.get("hydra.job.name") else [f"hydra.job.name={command}"]))
     try:
-        cfg = _compose(line, command)
+        cfg = composed(partial(_compose, command), line)
         sweep = "multirun" in line.flags or cfg.hydra.mode == RunMode.MULTIRUN
+        if not sweep:
+            check_single(line)
         key = "sweep" if sweep else "run"
         written: Any = OmegaConf.to_container(cfg.hydra[key], resolve=False)
         HydraConfig.instance().set_config(cfg)  # for interpolations such as ${hydra:job.name}
@@ -128,7 +119,7 @@ def _prepared(line: CommandLine, command: str, name: str) -> tuple[CommandLine, 
     return (line.add(f"hydra.{key}.dir={quoted(folder)}") if literal else line), made
 
 
-def _compose(line: CommandLine, command: str) -> DictConfig:
+def _compose(command: str, line: CommandLine) -> DictConfig:
     """The configuration that Hydra will compose, with Hydra's own part; values that are swept are left out."""
     setbase("1.3")
     search = create_config_search_path(str(Path(line.flags.get("config_path", CONF)).resolve()))
@@ -205,12 +196,12 @@ def figure(records: Sequence[Record]) -> float | None:
     return min((r.accuracy for r in [r for r in first if r.attack == "knapsack"] or first), default=None)
 
 
-def _choices(*groups: str) -> str:
-    """A line for each group of configurations, for the help; names that begin with `_` are parts of others."""
+def _choices(_root_: DictConfig) -> str:
+    """A line for each group that a command uses, for its help; names that begin with `_` are parts of others."""
     loader = GlobalHydra.instance().config_loader()
-    shown = groups or [g for g in loader.list_groups("") if g != "hydra"]
+    used = {str(group).partition("@")[0] for group in _root_.hydra.runtime.choices}
     lines = []
-    for group in sorted(shown):
+    for group in sorted(used & set(loader.list_groups(""))):
         options = [option for option in sorted(loader.get_group_options(group)) if not option.startswith("_")]
         lines.append(f"{group}: {', '.join(options)}")
     return "\n".join(lines)

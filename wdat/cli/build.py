@@ -120,10 +120,12 @@ def _check(node: Any, setting: str, positional: bool, given: set[str]) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     known = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-    for key in node:
-        if not str(key).startswith("_") and key not in known:
-            wrong = unknown(f"argument of {name.rpartition('.')[2]}", key, known, f"{setting}.{key}")
-            raise SettingError(f"{wrong}; leave it out with ~{setting}.{key}")
+    others = [key for key in map(str, node) if not key.startswith("_") and key not in known]
+    if others:
+        wrong = unknown(f"argument of {name.rpartition('.')[2]}", others[0], known, f"{setting}.{others[0]}")
+        raise SettingError(
+            f"{wrong}; leave out what it doesn't have: {' '.join(f'~{setting}.{key}' for key in others)}"
+        )
     required = [
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]

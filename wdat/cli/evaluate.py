@@ -51,8 +51,9 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
     data = build(cfg.data, "data", **({"preprocessing": preprocessing} if preprocessing else {}))
     with one_at_a_time():
         data.prepare_data()
+    data.setup("test" if cfg.split == "test" else None)  # refuses bad images before weights are downloaded
+    with one_at_a_time():
         network = build(cfg.model, "model")
-    data.setup("test" if cfg.split == "test" else None)
     name = models.title(cfg.model)
     facts = Facts(name, models.checkpoint_of(cfg.model), data.name, cfg.seed, models.digest(network))
     progress = WorkProgress()

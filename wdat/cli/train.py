@@ -20,6 +20,7 @@ from wdat.cli.build import accepts, build, build_attacks, try_optimizer
 from wdat.cli.launch import one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
+from wdat.inputs import classes_of
 from wdat.losses import check_classes
 from wdat.objectives import Clean
 from wdat.records import Facts, RecordFile
@@ -37,6 +38,7 @@ from wdat.training.module import WDATModule
 from wdat.training.optimizers import peak_rate
 from wdat.training.schedulers import Cosine
 
+MEASURES = "robust_evaluation"  # its name among the callbacks
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
 
 
@@ -62,18 +64,17 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
     evaluation = evaluation_of(cfg, threat, attack, results, facts, progress.report)
-    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if name != MEASURES]
     callbacks += [build(cfg.averaging, "averaging"), evaluation, progress]
 
     redrawn = cfg.finetune.get("init") == "reset_head" and accepts(cfg.model, "new_head")
 
     with one_at_a_time():
         data.prepare_data()
+    data.setup()  # refuses bad images before weights are downloaded
+    with one_at_a_time():
         network = build(cfg.model, "model", **({"new_head": True} if redrawn else {}))
-    data.setup()
-    evaluation.check(network, data.image_shape)
-    if attack is not None:
-        attack.check(data.image_shape, cfg.data.num_classes, threat)
+    check_fit(network, data.image_shape, cfg.data.num_classes, threat, attack, evaluation)
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data, threat)
     trained = build(cfg.finetune, "finetune")(network, image_shape=data.image_shape)
@@ -85,20 +86,24 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         cfg.optimizer.exempt, notify=notify, progress=progress.report,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
-    trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])
+    trainer: L.Trainer = build(
+        cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()],
+        enable_checkpointing=any(cfg.callbacks.get(name) is not None for name in ("checkpoint", "last_checkpoint")),
+    )  # fmt: skip
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     dashboard.begin(trainer.loggers, cfg)
 
-    if not resume:
+    if not resume and evaluation is not None:
         trainer.test(module, data, verbose=False)
         notify(f"before training, test images: {measured(results, 'before', threat)}")
     trainer.fit(module, data, ckpt_path=resume)
     results.forget("after")  # of a resumed run: of other weights, or measured in part
     best = trainer.strategy.broadcast(chosen(trainer, run_dir) if first else None)
-    trainer.test(module, data, ckpt_path=best, verbose=False)
-    notify(f"after training, test images: {measured(results, 'after', threat)}")
+    if evaluation is not None:
+        trainer.test(module, data, ckpt_path=best, verbose=False)
+        notify(f"after training, test images: {measured(results, 'after', threat)}")
     if first:
-        report(results, run_dir, best, [attack.name for attack in evaluation.attacks], threat.delta)
+        report(results, run_dir, best, [] if evaluation is None else [a.name for a in evaluation.attacks], threat.delta)
         dashboard.finish(trainer.loggers, results.records, run_dir, best, trainer.global_step)
     return results
 
@@ -122,6 +127,10 @@ def check(cfg: DictConfig) -> None:
             f"trainer.precision={cfg.trainer.precision}: choose 32-true, or bf16-mixed, with which training and its "
             "attacks run faster and evaluation stays in float32 (float16 loses input gradients)"
         )
+    if cfg.callbacks.get(MEASURES) is None:
+        notify(f"without callbacks.{MEASURES} nothing is measured, and no checkpoint is chosen but the last")
+        if cfg.callbacks.get("checkpoint") is not None and cfg.callbacks.checkpoint.get("monitor") == cfg.monitor:
+            cfg.callbacks.checkpoint = None
     if "preprocessing" in cfg.data and cfg.data.preprocessing is None:
         cfg.data.preprocessing = models.preprocessing(cfg.model)
 
@@ -140,14 +149,19 @@ def newest(cfg: DictConfig, run_dir: Path) -> Path | None:
 
 def evaluation_of(
     cfg: DictConfig, threat: ThreatModel, attack: Any, records: RecordFile, facts: Facts, progress: Progress
-) -> RobustEvaluation:
-    """What measures on validation and test images; refuses what couldn't be measured."""
+) -> RobustEvaluation | None:
+    """What measures on validation and test images, None for nothing; refuses what couldn't be measured."""
+    losses = {f"attack.{key}": getattr(attack, key, None) for key in ("loss", "radii_loss")}
+    for setting, loss in losses.items():
+        check_classes(loss or "", cfg.data.num_classes, setting)
+    if cfg.callbacks.get(MEASURES) is None:
+        return None
     attacks, options = build_attacks(cfg.evaluation)
     for factor in cfg.evaluation.curve:
         check_real("evaluation.curve", factor, "(0, inf)", "budgets in units of threat.delta")
     check_whole("evaluation.batch_size", cfg.evaluation.batch_size)
     try:
-        evaluation = RobustEvaluation(
+        evaluation: RobustEvaluation = build(cfg.callbacks[MEASURES], f"callbacks.{MEASURES}")(
             threat, attacks, losses=list(cfg.evaluation.losses), options=options,
             validation_options={**cfg.evaluation.validation_options},
             deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
@@ -160,10 +174,22 @@ def evaluation_of(
         raise unknown("metric", cfg.monitor, known, "monitor")
     losses = {f"evaluation.losses[{k}]": loss for k, loss in enumerate(cfg.evaluation.losses)}
     losses |= {f"evaluation.attack_options.{a.name}.loss": settings(a).get("loss") for a in evaluation.attacks}
-    losses |= {f"attack.{key}": getattr(attack, key, None) for key in ("loss", "radii_loss")}
     for setting, loss in losses.items():
         check_classes(loss or "", cfg.data.num_classes, setting)
     return evaluation
+
+
+def check_fit(
+    network: nn.Module, shape: tuple[int, ...], classes: int, threat: ThreatModel, attack: Any,
+    evaluation: RobustEvaluation | None,
+) -> None:  # fmt: skip
+    """Refuse, before any pass over the data, what doesn't fit images of this shape and so many classes."""
+    if evaluation is not None:
+        evaluation.check(network, shape)
+    else:
+        classes_of(network, next(network.parameters(), torch.zeros(0)).new_zeros((1, *shape)))
+    if attack is not None:
+        attack.check(shape, classes, threat)
 
 
 def optimizer_of(cfg: DictConfig) -> Callable[..., Optimizer]:
@@ -231,13 +257,14 @@ def chosen(trainer: L.Trainer, run_dir: Path) -> Path | None:
 
 
 def report(results: RecordFile, run_dir: Path, best: Path | None, attacks: list[str], delta: float) -> None:
-    """Write the report and the picture, and print the table."""
-    picture, page = run_dir / "curve.png", run_dir / "report.html"
-    accuracy_against_budget(results.records, picture)
-    write_report(results.records, page)
-    console = PlainConsole(soft_wrap=False)
-    console.print(before_after(results.records, attacks, delta))
-    files = {"checkpoint": best, "records": results.path, "report": page, "picture": picture}
+    """Write the report and the picture, print the table, and name the files; those alone where nothing was measured."""
+    console, files = PlainConsole(soft_wrap=False), {} if best is None else {"checkpoint": best}
+    if results.records:
+        picture, page = run_dir / "curve.png", run_dir / "report.html"
+        accuracy_against_budget(results.records, picture)
+        write_report(results.records, page)
+        console.print(before_after(results.records, attacks, delta))
+        files |= {"records": run_dir / "records.json", "report": page, "picture": picture}
     lines = "\n".join(f"{name:<10} {path}" for name, path in files.items())
     console.print(lines, highlight=False, soft_wrap=True)
 

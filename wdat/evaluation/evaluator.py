@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -290,7 +291,7 @@ def plan(
             else:
                 built.append(build(attack, **given))
         except SettingError as error:
-            raise SettingError(str(error).replace("attack.", f"attack_options.{attack}.")) from error
+            raise SettingError(re.sub(r"\battack\.", f"attack_options.{attack}.", str(error))) from error
     return built
 
 
