@@ -160,8 +160,11 @@ def test_a_network_of_the_users_own_class(mine, tmp_path):
         (["model.network._target_=builtins.dict"], ["model.network._target_", "nn.Module"]),
         (["model.network._target_=MINE.Net", "+model.network.widht=5"], ["model.network.widht", "width"]),
         (["model.network._target_=torch.nn.Linear"], ["in_features", "model"]),
+        (["model.network._target_=torch.nn.LazyLinear", "+model.network.out_features=10"], ["lazy layers", "__init__"]),
+        (["model.network._target_=torch.nn"], ["model.network._target_=torch.nn is a module"]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_a_class_that_makes_no_network_is_named(mine, overrides, words):
     cfg = composed("model=custom", *(o.replace("MINE", mine) for o in overrides))
     if not words:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 from hydra.errors import InstantiationException
 
-from wdat.cli.console import quiet_libraries, readable_errors
+from wdat.cli.console import quiet_libraries, readable_errors, readable_warnings
 from wdat.errors import ConstraintError, RunError, SettingError, Stopped
 
 
@@ -120,3 +120,10 @@ def test_only_chosen_messages_are_silenced():
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def test_a_warning_is_a_line_without_code(capsys):
+    with readable_warnings():
+        line = warnings.formatwarning("8 of 16 images have logits\nthat are not finite", UserWarning, "file.py", 3)
+    assert line == "warning: 8 of 16 images have logits that are not finite\n"
+    assert "UserWarning" in warnings.formatwarning("words", UserWarning, "file.py", 3)

@@ -229,3 +229,8 @@ def test_settings_that_do_not_fit(tmp_path, settings, words):
 def test_the_number_of_classes_is_told(tmp_path):
     with pytest.raises(SettingError, match=r"the data have 2 classes \(a, b.* set data\.num_classes=2"):
         ImageDataModule("folder", 10, fill(tmp_path)).setup()
+
+
+def test_one_class_is_told_to_be_none(tmp_path):
+    with pytest.raises(SettingError, match=r"the data have one class, a: set data\.root to the folder that holds all"):
+        ImageDataModule("folder", 10, fill(tmp_path, ("",), "a")).setup()

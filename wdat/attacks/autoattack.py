@@ -115,7 +115,7 @@ class AutoAttack(Attack):
         if "square" in self.sub_attacks and not square:
             raise SettingError(
                 f"square of {_VERSION}={self.version} needs images (N, C, H, W), for l2 square ones of 5 × 5 pixels or "
-                f"more, not {('N', *shape)}; set {_VERSION}=custom and {_ATTACKS}=[apgd-ce,apgd-t,fab-t]"
+                f"more, not of {'×'.join(map(str, shape))}; set {_VERSION}=custom and {_ATTACKS}=[apgd-ce,apgd-t,fab-t]"
             )
 
     def _ensemble(

@@ -28,8 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wdat.cli import CONF
 from wdat.cli.arguments import CommandLine, quoted
-from wdat.cli.composing import check_keys, check_single, composed
-from wdat.cli.console import quiet_libraries, readable_errors
+from wdat.cli.composing import check_complete, check_keys, check_single, composed
+from wdat.cli.console import quiet_libraries, readable_errors, readable_warnings
 from wdat.cli.launch import agreed, check_launch, cluster, join_group, rank
 from wdat.cli.origin import resumed
 from wdat.cli.run_folder import NOTHING_BY_HYDRA, RunFolder, create
@@ -140,6 +140,7 @@ def _job(command: str, cfg: DictConfig) -> float | None:
     prepare_environment()
     join_group()  # before Lightning is imported, which asks for the rank
     quiet_libraries()
+    check_complete(cfg)
     hydra, work = HydraConfig.get(), {"train": _train, "evaluate": _evaluate}[command]
     run_dir = Path(hydra.runtime.output_dir)
     check_launch(cfg.trainer, hydra)
@@ -147,7 +148,8 @@ def _job(command: str, cfg: DictConfig) -> float | None:
         warnings.simplefilter("ignore")  # the first process has the same
         return figure(work(cfg, run_dir))
     try:
-        with RunFolder(run_dir, command).opened(cfg, OmegaConf.create({"hydra": hydra})) as changes:
+        opened = RunFolder(run_dir, command).opened(cfg, OmegaConf.create({"hydra": hydra}))
+        with readable_warnings(), opened as changes:
             for change in changes:
                 PlainConsole().print(f"resume  {change}")
             return figure(work(cfg, run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from hydra._internal.utils import get_args_parser  # what `hydra.main` itself parses with
 
 SHOWS = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+
+FILES = ("path", "root", "checkpoint", "certified", "resume")
+"""Settings that name a file or a folder, by the last part of their keys."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class CommandLine:
     def parse(cls, words: Sequence[str]) -> CommandLine:
         """Read words; `~` at the beginning of a value is the user's home, as in a shell."""
         found = vars(get_args_parser().parse_intermixed_args(list(words)))
-        overrides = tuple(map(_at_home, found.pop("overrides")))
+        overrides = tuple(_as_text(_at_home(override)) for override in found.pop("overrides"))
         return cls({name: value for name, value in found.items() if value not in (None, False)}, overrides)
 
     @property
@@ -57,6 +61,16 @@ class CommandLine:
 def _at_home(override: str) -> str:
     key, _, value = override.partition("=")
     return f"{key}={quoted(os.path.expanduser(value))}" if value.startswith("~") and "," not in value else override
+
+
+def _as_text(override: str) -> str:
+    """A file that is called like a number or a truth value is none: `data.path=2024`."""
+    key, _, value = override.partition("=")
+    if key.rpartition(".")[2] not in FILES or not re.fullmatch(
+        r"[+-]?[\d_.]+(e[+-]?\d+)?|true|false|nan|inf", value, re.I
+    ):
+        return override
+    return f"{key}={quoted(value)}"
 
 
 def quoted(text: object) -> str:

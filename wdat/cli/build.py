@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra._internal.utils import _locate  # as `get_object`, which also logs what it does not find
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -109,10 +110,12 @@ def _check(node: Any, setting: str, positional: bool, given: set[str]) -> None:
     if not isinstance(name, str):
         raise SettingError(f"{setting} names no class: set {setting}._target_=package.module.Class")
     try:
-        target = get_object(name)
+        target = _locate(name)
     except Exception as error:  # whatever the module raises when it is imported
         reason = str(error.__cause__ or error).splitlines()[0]
         raise SettingError(f"{setting}._target_={name} can't be imported ({reason})") from error
+    if not callable(target):
+        raise SettingError(f"{setting}._target_={name} is a {type(target).__name__}: name a class, {name}.Class")
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # made in C

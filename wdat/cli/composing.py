@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,18 @@ def check_single(line: CommandLine) -> None:
             )
 
 
+def check_complete(cfg: DictConfig) -> None:
+    """Refuse a run without a setting that has to be given.
+
+    Raises:
+        SettingError: If there is one.
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)  # others may refer to it
+    for key, value in _settings(plain):
+        if value == "???":
+            raise SettingError(f"{key} must be set: add {key}=... to the command line")
+
+
 def _unreadable(override: str) -> SettingError:
     key, sign, value = override.partition("=")
     if not sign or not key:
@@ -143,17 +155,16 @@ def _no_such_setting(override: str, compose: Compose, line: CommandLine) -> Sett
 
 def _keys(cfg: DictConfig) -> list[str]:
     """The dotted keys of all settings, but for Hydra's own."""
-    found: list[str] = []
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return [key for key, _ in _settings({name: value for name, value in plain.items() if name != "hydra"})]
 
-    def walk(value: Any, prefix: str) -> None:
-        for name, inner in value.items():
-            if prefix or name != "hydra":
-                found.append(f"{prefix}{name}")
-                if isinstance(inner, dict):
-                    walk(inner, f"{prefix}{name}.")
 
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return found
+def _settings(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with what they stand for, groups included."""
+    for name, inner in value.items():
+        yield f"{prefix}{name}", inner
+        if isinstance(inner, dict):
+            yield from _settings(inner, f"{prefix}{name}.")
 
 
 def _key(override: str) -> str:

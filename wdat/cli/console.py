@@ -69,6 +69,23 @@ def _message(error: BaseException) -> str | None:
     return None
 
 
+@contextmanager
+def readable_warnings() -> Iterator[None]:
+    """Inside, a warning is a line of its own, without the place in the code from which it comes."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"warning: {printable(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say about things that this project chose on purpose."""
     import lightning.pytorch  # noqa: F401  # its import sets the levels

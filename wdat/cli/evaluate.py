@@ -23,8 +23,9 @@ from wdat.data.batch import Batch
 from wdat.distributed import current, together
 from wdat.errors import SettingError, Stopped, unknown
 from wdat.evaluation import ImageTensors
-from wdat.evaluation.evaluator import Evaluator, plan
+from wdat.evaluation.evaluator import Evaluator, plan, settings
 from wdat.evaluation.session import Session, read_radii
+from wdat.losses import check_classes
 from wdat.records import Facts, RecordFile
 from wdat.reporting.plots import accuracy_against_budget
 from wdat.reporting.report import write_report
@@ -171,6 +172,8 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
         raise SettingError(f"batch_size={cfg.batch_size} must be a whole number of images from 1")
     if str(cfg.trainer.precision) not in ("32-true", "32"):
         raise SettingError(f"trainer.precision={cfg.trainer.precision}: evaluation is in float32; leave it 32-true")
+    if cfg.certified and not Path(cfg.certified).is_file():
+        raise SettingError(f"certified={cfg.certified}: no such file")
     base: ThreatModel = build(cfg.threat, "threat")
     if cfg.deltas is None:
         deltas = [base.delta, *(factor * base.delta for factor in cfg.curve)]
@@ -179,6 +182,11 @@ def planned(cfg: DictConfig) -> tuple[ThreatModel, list[ThreatModel], list[Attac
     threats = [ThreatModel(base.p, base.norm, delta) for delta in deltas]
     chosen, options = build_attacks(cfg, "")
     attacks = plan(chosen, list(cfg.losses), options, cfg.batch_size)
+    classes = cfg.data.num_classes
+    named = [("losses", loss) for loss in cfg.losses]
+    named += [(f"attack_options.{attack.name}.loss", settings(attack).get("loss")) for attack in attacks]
+    for setting, loss in named:
+        check_classes(loss or "", classes, setting)
     for attack in attacks:
         attack.threat_of(base)
     certificate: Certificate | None = build(cfg.certify, "certify")

@@ -43,8 +43,11 @@ def check_labels(splits: Splits, num_classes: int) -> None:
         SettingError: A label lies outside 0 .. `num_classes` - 1, or the source names another number of classes.
     """
     if splits.classes is not None and len(splits.classes) != num_classes:
+        shown = ", ".join([*splits.classes[:3], *(["…"] if len(splits.classes) > 3 else [])])
+        if len(splits.classes) == 1:
+            raise SettingError(f"the data have one class, {shown}: set data.root to the folder that holds all classes")
         raise SettingError(
-            f"the data have {len(splits.classes)} classes ({', '.join(splits.classes[:3])}, …), but "
+            f"the data have {len(splits.classes)} classes ({shown}), but "
             f"data.num_classes={num_classes}: set data.num_classes={len(splits.classes)}, or give all classes"
         )
     for name, labels in (("y_train", splits.y_train), ("y_val", splits.y_val), ("y_test", splits.y_test)):

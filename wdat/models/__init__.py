@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from wdat.errors import SettingError
 from wdat.models import build, zoo
@@ -120,6 +122,11 @@ def load_custom(
         made = network()
     if not isinstance(made, nn.Module):
         raise SettingError(f"model.network._target_={name} makes a {type(made).__name__}: name an nn.Module")
+    if any(is_lazy(tensor) for tensor in chain(made.parameters(), made.buffers())):
+        raise SettingError(
+            f"model.network._target_={name} has lazy layers without weights: call it once at the end of its __init__, "
+            "as in self(torch.zeros(1, 3, 32, 32))"
+        )
     if checkpoint is not None:
         load_checkpoint(made, checkpoint, checkpoint_key, new_head)
     return made.eval()

@@ -102,6 +102,9 @@ def test_stages_epochs_facts_and_the_file(digits, make_module, make_evaluation, 
     trainer = make_trainer(evaluation, max_epochs=2, logger=CSVLogger(tmp_path))
     trainer.test(module, data, verbose=False)
     trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    assert read(tmp_path / "records.json")[-1].checkpoint == "trained weights, not saved"
+    evaluation.records.forget("after")
     trainer.save_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
     trainer.test(module, data, ckpt_path=tmp_path / "checkpoints" / "best.ckpt", verbose=False)
 

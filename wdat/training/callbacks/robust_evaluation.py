@@ -190,7 +190,8 @@ class RobustEvaluation(L.Callback):
         """The facts, with the checkpoint that the trainer has loaded, if it has, by its path from the run's folder."""
         path = trainer.ckpt_path
         if path is None:
-            return self.facts
+            kept = not self._trained or not self.facts.checkpoint
+            return self.facts if kept else replace(self.facts, checkpoint="trained weights, not saved")
         name = os.path.relpath(path, self.records.path.parent) if self.records.path else str(path)
         return replace(self.facts, checkpoint=name)
 
