@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import wdat
 from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.errors import SettingError
-from wdat.inputs import classes_of
+from wdat.inputs import check_figures, classes_of
 from wdat.threat import ThreatModel
 
 THREAT = ThreatModel(2, "linf", 0.05)
@@ -283,3 +284,40 @@ def test_what_can_not_be_meant_is_one_line(use, words):
     with pytest.raises(SettingError, match=words) as caught:
         use()
     assert "\n" not in str(caught.value)
+
+
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.rand_like(x))
+
+
+class OfItsBatch(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Noisy(*NETWORK), "Noisy gives other logits for the same images at each pass"),
+        (OfItsBatch(*NETWORK), "OfItsBatch gives logits that depend on the other images of the batch"),
+        (nn.Sequential(*NETWORK, nn.Softmax(1)), "Sequential gives probabilities, not logits"),
+        (nn.Sequential(*NETWORK, nn.Softmax(1), nn.Dropout(0.5)), "gives probabilities"),  # Dropout is off
+        (lambda x: Noisy(*NETWORK)(x), "<lambda> gives other logits"),
+    ],
+)
+def test_a_network_whose_figures_mean_little_is_told(network, words):
+    with pytest.warns(UserWarning, match=words):
+        wdat.evaluate(network, [(X, Y)], THREAT, [])
+
+
+@pytest.mark.parametrize("network", [NETWORK, nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), *NETWORK)])
+@pytest.mark.parametrize("images", [X, X[:1], X[:0], 1e-30 * X])
+def test_a_network_that_is_a_function_of_each_image_is_not_doubted(network, images):
+    if len(images):
+        check_figures(network.train(), images)
+    assert network.training
+
+
+def test_logits_that_are_not_finite_are_the_same_each_time():
+    check_figures(nn.Sequential(*NETWORK, nn.LogSigmoid(), nn.Threshold(0, math.nan)), X)

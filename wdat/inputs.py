@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -127,6 +128,43 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
             ".detach() and NumPy out of its forward"
         )
     return out.shape[1]
+
+
+def check_figures(network: nn.Module, x: Tensor) -> None:
+    """Warn of a network whose figures can't be trusted; it is left as it was found.
+
+    Attacks follow the gradient of one pass, and a verdict is that of one pass: both mean little where another pass
+    gives other logits, or where an image's logits depend on its batch. Of probabilities in the place of logits, losses
+    have gradients that vanish.
+
+    Args:
+        network: Takes images in [0, 1], gives logits (N, K).
+        x: Images (N, C, H, W), of which up to four are used.
+    """
+    images = x[:4].detach()
+    with undisturbed(network), torch.no_grad():
+        first, again = (network(images.clone()) for _ in range(2))
+        single = torch.cat([network(image[None].clone()) for image in images])
+    name = network.name if isinstance(network, Function) else type(network).__name__
+    near = {"rtol": 1e-3, "atol": 1e-3 * float(first.nan_to_num(0, 0, 0).abs().max()), "equal_nan": True}
+    if not torch.allclose(first, again, **near):  # type: ignore[arg-type]  # of several types
+        warnings.warn(
+            f"{name} gives other logits for the same images at each pass: accuracy depends on chance, and attacks that "
+            "follow one pass overestimate it",
+            stacklevel=3,
+        )
+    elif not torch.allclose(first, single, **near):  # type: ignore[arg-type]
+        warnings.warn(
+            f"{name} gives logits that depend on the other images of the batch, as with BatchNorm without running "
+            "statistics: figures depend on the order of the images and on batch_size",
+            stacklevel=3,
+        )
+    if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-4).all()):
+        warnings.warn(
+            f"{name} gives probabilities, not logits: gradients of losses vanish, and attacks overestimate accuracy; "
+            "return what goes into the softmax",
+            stacklevel=3,
+        )
 
 
 def _described(out: Any) -> str:

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from wdat.attacks import PGD, WPGD
-from wdat.cli.build import build, build_attacks
+from wdat.cli.build import build, build_attacks, check_number_of_classes
 from wdat.cli.train import check, evaluation_of, optimizer_of
 from wdat.errors import SettingError
 from wdat.losses import check_classes
@@ -208,3 +208,10 @@ def test_nothing_is_built_of_null():
 def no_run():
     yield
     HydraConfig.instance().cfg = None
+
+
+def test_a_network_with_more_classes_than_the_data_is_told():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    with pytest.warns(UserWarning, match=r"the network has 5 classes and data\.num_classes=4"):
+        check_number_of_classes(network, (3, 2, 2), 4)
+    check_number_of_classes(network, (3, 2, 2), 5)

@@ -104,7 +104,11 @@ def test_npz_of_both_kinds_gives_the_same_batches(tmp_path):
         ({"x_val": np.zeros((2, 6, 6, 3), np.uint8), "y_val": np.arange(2)}, "x_val is 2×6×6×3", "use one size"),
         ({"x_train": np.full((6, 5, 5, 3), 0.5, np.float32)}, "x_train is float32", "(x_train * 255).round()"),
         ({"x_test": np.full((4, 5, 5, 3), 200.0)}, "x_test is float64", "(x_test).round()"),
-        ({"x_test": np.full((4, 5, 5, 3), np.nan)}, "x_test is float64", "uint8"),
+        ({"x_test": np.full((4, 5, 5, 3), np.nan)}, "x_test is float64", "not finite"),
+        ({"x_test": np.linspace(-1, 1, 300).reshape(4, 5, 5, 3)}, "look like [-1, 1]", "((x_test + 1) * 127.5)"),
+        ({"x_test": np.linspace(-2, 2, 300).reshape(4, 5, 5, 3)}, "look normalised", "that they were made from"),
+        ({"x_test": np.full((4, 5, 5, 3), 65535, np.uint16)}, "x_test is uint16", "(x_test // 257).astype('uint8')"),
+        ({"x_test": np.full((4, 5, 5, 3), -1, np.int16)}, "x_test is int16", "store pixels"),
         ({"x_train": np.zeros((6, 5, 5, 3), np.int32)}, "x_train is int32", "x_train.astype('uint8')"),
         ({"x_train": np.zeros((6, 3, 5, 5), np.uint8)}, "not N×H×W×C", "x_train.transpose(0, 2, 3, 1)"),
         ({"x_train": np.zeros((6, 5, 5), np.uint8)}, "not N×H×W×C", "x_train[..., None]"),
@@ -171,7 +175,7 @@ def test_npz_without_a_file(tmp_path):
         npz(None)
     with pytest.raises(SettingError, match=r"data\.path=.*no such file.*set data\.path"):
         npz(tmp_path / "none.npz")
-    with pytest.raises(SettingError, match="no such file"):
+    with pytest.raises(SettingError, match=r"is a folder: class folders of images are data=folder data\.root="):
         npz(tmp_path)
 
 

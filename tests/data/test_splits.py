@@ -1,11 +1,13 @@
 """Setting validation images aside."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdat.data import hold_out
-from wdat.data.splits import by_class
+from wdat.data.splits import Splits, by_class, check_labels
+from wdat.errors import SettingError
 from wdat.seeding import generator
 
 
@@ -75,3 +77,17 @@ def test_every_row_is_as_likely_to_be_drawn():
     for seed in range(400):
         counts[by_class(y, 4, generator(seed, "limit"))] += 1
     assert (counts - 200).abs().max() < 50  # five standard deviations of 400 draws of one half
+
+
+@pytest.mark.parametrize(
+    ("labels", "remedy"),
+    [
+        ([1, 2, 3], r"number the classes from 0, y_test - 1$"),
+        ([0, 3], r"set data\.num_classes=4"),
+        ([-1, 0], "from 0$"),
+    ],
+)
+def test_labels_that_are_no_classes_are_told_how_to_number_them(labels, remedy):
+    x = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(SettingError, match=remedy):
+        check_labels(Splits(x[:0], torch.tensor(labels)[:0], x, torch.tensor(labels)), 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,13 @@ def write(kind: str, path: Path) -> None:
         path.write_bytes(pickle.dumps({"args": Payload(path.with_suffix(".trace"))}))
     elif kind == "folder":
         path.mkdir()
+    elif kind == "run":
+        (path / "checkpoints").mkdir(parents=True)
+        (path / "checkpoints" / "best.ckpt").touch()
+    elif kind == "program":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
     elif kind == "numbers":
         torch.save({"epoch": 3, "lr": 0.1}, path)
     elif kind == "tensor":
@@ -104,7 +112,9 @@ def write(kind: str, path: Path) -> None:
     ("kind", "message"),
     [
         ("missing", "there is no file"),
-        ("folder", "there is no file"),
+        ("folder", r"is a folder .*: name a file$"),
+        ("run", r"is a folder .*: name a file, such as .*best\.ckpt"),
+        ("program", r"is a TorchScript program"),
         ("empty", "is empty: fetch it again"),
         ("web page", r"is a web page \('Quota exceeded'\), not weights"),
         ("noise", "is damaged or no PyTorch file"),
@@ -126,6 +136,11 @@ def test_unusable_files(kind: str, message: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert same(network, fresh(seed=2))
     assert not path.with_suffix(".trace").exists()
+
+
+def test_an_address_is_told_to_be_fetched() -> None:
+    with pytest.raises(SettingError, match="is an address, and nothing is downloaded"):
+        load_checkpoint(fresh(), "https://example.org/weights.pt")
 
 
 def test_another_architecture_names_the_first_key(tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from hydra._internal.utils import _locate  # as `get_object`, which also logs what it does not find
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 from wdat.attacks import ATTACKS, Attack
 from wdat.errors import RunError, SettingError, cause, unknown
+from wdat.inputs import classes_of
 
 
 def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
@@ -95,6 +99,26 @@ def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | At
         else:
             found.append(chosen)
     return found, {name: given for name, given in options.items() if "_target_" not in given}
+
+
+def check_number_of_classes(network: nn.Module, shape: Sequence[int], classes: int) -> None:
+    """Warn of a network that tells more classes apart than the data have, which may number them in another way.
+
+    Args:
+        network: Takes images in [0, 1], gives logits (N, K).
+        shape: (C, H, W) of the images.
+        classes: Of the data.
+
+    Raises:
+        SettingError: The network can't take such images, or gives no logits.
+    """
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(0))
+    found = classes_of(network, like.new_zeros((1, *shape)))
+    if found > classes:
+        warnings.warn(
+            f"the network has {found} classes and data.num_classes={classes}: the first {classes} must be the data's",
+            stacklevel=2,
+        )
 
 
 def _passes(node: Any, attack: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from wdat import models
 from wdat.attacks import Attack
 from wdat.certify import Certificate
-from wdat.cli.build import build, build_attacks
+from wdat.cli.build import build, build_attacks, check_number_of_classes
 from wdat.cli.launch import one_at_a_time
 from wdat.data.batch import Batch
 from wdat.distributed import current, together
@@ -62,6 +62,8 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
     first = trainer.is_global_zero
     results = RecordFile(run_dir / FILES[0] if first else None)
 
+    classes = cfg.data.num_classes
+
     def measure(images: ImageTensors, device: torch.device) -> None:
         everyone = current(device)
         evaluator = Evaluator(
@@ -77,6 +79,8 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
                 certificate.check_network(network, images.x)
             radii = read_radii(Path(cfg.certified), evaluator.size) if cfg.certified else None
         evaluator.check(attacks, threats, list(cfg.losses))
+        if first:
+            check_number_of_classes(network, images.x.shape[1:], classes)
         session = Session(evaluator, results, run_dir)
         for loss in cfg.losses:
             session.clean(base, loss)

@@ -16,11 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from wdat import models
-from wdat.cli.build import accepts, build, build_attacks, try_optimizer
+from wdat.cli.build import accepts, build, build_attacks, check_number_of_classes, try_optimizer
 from wdat.cli.launch import one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
-from wdat.inputs import classes_of
 from wdat.losses import check_classes
 from wdat.objectives import Clean
 from wdat.records import Facts, RecordFile
@@ -184,10 +183,9 @@ def check_fit(
     evaluation: RobustEvaluation | None,
 ) -> None:  # fmt: skip
     """Refuse, before any pass over the data, what doesn't fit images of this shape and so many classes."""
+    check_number_of_classes(network, shape, classes)
     if evaluation is not None:
         evaluation.check(network, shape)
-    else:
-        classes_of(network, next(network.parameters(), torch.zeros(0)).new_zeros((1, *shape)))
     if attack is not None:
         attack.check(shape, classes, threat)
 

@@ -49,6 +49,8 @@ def npz(path: str | Path | None) -> Splits:
 
 
 def _arrays(file: Path) -> dict[str, NDArray[Any]]:
+    if os.path.isdir(file):
+        raise SettingError(f"data.path={file} is a folder: class folders of images are data=folder data.root={file}")
     if not os.path.isfile(file):
         raise SettingError(f"data.path={file}: no such file (looked for {file.absolute()}); set data.path=FILE.npz")
     recipe = f"write it with numpy.savez_compressed(FILE, {', '.join(f'{name}={name}' for name in ARRAYS)})"
@@ -112,12 +114,20 @@ def _labels(file: Path, name: str, arrays: dict[str, NDArray[Any]]) -> Tensor:
 
 
 def _uint8_remedy(name: str, images: NDArray[Any]) -> str:
-    if images.dtype.kind != "f" or images.size == 0:
-        return f"convert to uint8 in 0..255, {name}.astype('uint8')"
-    high = float(np.max(images))
-    scale = " * 255" if high <= 1 else ""
-    span = "[0, 1]" if high <= 1 else "[0, 255]"
-    return f"these floats look like {span}; convert to uint8, ({name}{scale}).round().clip(0, 255).astype('uint8')"
+    if images.dtype.kind not in "fiub" or images.size == 0:
+        return "store pixels from 0 to 255 as uint8"
+    low, high = float(np.min(images)), float(np.max(images))
+    if not np.isfinite([low, high]).all():
+        return "it has pixels that are not finite; store pixels from 0 to 255 as uint8"
+    if images.dtype.kind != "f":
+        scale = f"({name} // 257)" if 255 < high <= 65535 and low >= 0 else name
+        fits = low >= 0 and high <= 65535
+        return f"convert to uint8 in 0..255, {scale}.astype('uint8')" if fits else "store pixels from 0 to 255 as uint8"
+    spans = {(0, 1): f"{name} * 255", (-1, 1): f"({name} + 1) * 127.5", (0, 255): name}
+    for (least, most), pixels in spans.items():
+        if least <= low and high <= most:
+            return f"these floats look like [{least}, {most}]; convert to uint8, ({pixels}).round().astype('uint8')"
+    return "these floats look normalised; store the pixels that they were made from, 0 to 255 as uint8"
 
 
 def _text(array: NDArray[Any]) -> str:

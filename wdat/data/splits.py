@@ -55,9 +55,9 @@ def check_labels(splits: Splits, num_classes: int) -> None:
             continue
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
-            remedy = (
-                "number the classes from 0" if low < 0 else f"set data.num_classes={high + 1} or correct the labels"
-            )
+            remedy = f"set data.num_classes={high + 1} or correct the labels"
+            if low < 0 or (low == 1 and high == num_classes):
+                remedy = "number the classes from 0" + (f", {name} - 1" if low == 1 else "")
             raise SettingError(
                 f"{name} has labels from {low} to {high}, but data.num_classes={num_classes} "
                 f"allows 0 to {num_classes - 1}: {remedy}"

@@ -22,7 +22,7 @@ from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
-from wdat.inputs import as_network, classes_of
+from wdat.inputs import as_network, check_figures, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
 from wdat.records import Facts, Record
 from wdat.threat import ThreatModel, dual_norm, parse_budget, power_mean
@@ -192,6 +192,7 @@ class Evaluator:
                     threat.check(shape)
                     for attack in attacks:
                         attack.check(shape, classes, threat)
+                check_figures(self.network, self.images.x)
 
     def prepared(self, attack: Attack, threats: Sequence[ThreatModel]) -> tuple[Attack, float]:
         """The attack with what it finds once for these budgets, and the seconds that this took."""

@@ -40,6 +40,11 @@ def read(path: Path, setting: str) -> Any:
     Raises:
         SettingError: There is no such file, it is no PyTorch file, it is damaged, or it needs unpickling.
     """
+    if os.path.isdir(path):
+        found = sorted(str(file) for pattern in ("best.ckpt", "*.ckpt", "*.pt*") for file in path.rglob(pattern))
+        raise SettingError(f"{path} is a folder ({setting}): name a file{f', such as {found[0]}' if found else ''}")
+    if re.match(r"[a-z]+:/", str(path)) and not path.exists():
+        raise SettingError(f"{path} is an address, and nothing is downloaded ({setting}): fetch it and name the file")
     if not os.path.isfile(path):  # which no name, however odd, makes fail
         raise SettingError(f"there is no file {path} ({setting}): check the path")
     try:
@@ -69,6 +74,8 @@ def _why(path: Path, error: Exception) -> str:
             "holds pickled Python objects, and nothing is unpickled here because that can run code: where you trust "
             "it, load it once elsewhere and save torch.save(network.state_dict(), FILE)"
         )
+    if "TorchScript" in str(error):
+        return "is a TorchScript program, which could run code: save torch.jit.load(FILE).state_dict() in another file"
     return "is damaged or no PyTorch file: fetch or save it again"
 
 
