@@ -18,6 +18,7 @@ from wdat.losses import (
     LOSSES,
     cross_entropy,
     dlr,
+    generalised_cross_entropy,
     get_label_loss,
     get_loss,
     kl_divergence,
@@ -51,6 +52,26 @@ def test_cross_entropy_averages_to_sklearns():
     z, y = rng.normal(size=(20, 5)), rng.integers(0, 5, 20)
     mean = cross_entropy(torch.from_numpy(z), torch.from_numpy(y)).mean()
     assert float(mean) == pytest.approx(log_loss(y, softmax(z, axis=1), labels=range(5)))
+
+
+@given(logits, labels, st.floats(0.01, 1))
+def test_generalised_cross_entropy_and_its_gradient(z, y, q):
+    """(1 − p^q)/q; its gradient is p^q times that of cross-entropy."""
+    scores, target = torch.from_numpy(z).requires_grad_(True), torch.from_numpy(y)
+    p = softmax(z, axis=1)[np.arange(4), y]
+    value = generalised_cross_entropy(scores, target, q)
+    assert_close(value.detach().numpy(), (1 - p**q) / q, rtol=1e-9, atol=1e-12)
+    (ours,) = torch.autograd.grad(value.sum(), scores)
+    (plain,) = torch.autograd.grad(cross_entropy(scores, target).sum(), scores)
+    assert_close(ours.numpy(), (p**q)[:, None] * plain.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_generalised_cross_entropy_ends_in_cross_entropy_and_in_the_probability_of_an_error():
+    z, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    assert torch.equal(generalised_cross_entropy(z, y, 0), cross_entropy(z, y))
+    assert_close(generalised_cross_entropy(z, y, 1e-6), cross_entropy(z, y), rtol=1e-5, atol=1e-6)
+    assert_close(generalised_cross_entropy(z, y, 1.0), 1 - z.softmax(1).gather(1, y[:, None]).squeeze(1))
+    assert_close(generalised_cross_entropy(1e4 * z, y, 0.5).max(), torch.tensor(2.0))
 
 
 @given(logits, labels)

@@ -118,6 +118,15 @@ def test_adversarial_training_is_cross_entropy_at_the_perturbed_images(setting):
     assert_close(loss_of(AttackAT(), network, x, y, x_p, x_w), F.cross_entropy(network(x_w), y))
 
 
+@pytest.mark.parametrize("kind", [PGDAT, AttackAT])
+def test_adversarial_training_may_have_a_bounded_loss(setting, kind):
+    network, x, y, x_adv, _ = setting
+    p = network(x_adv).softmax(1)[torch.arange(6), y]
+    ours = loss_of(kind(gce_q=0.7), network, x, y, x_adv, x_adv)
+    assert_close(ours, ((1 - p**0.7) / 0.7).mean())
+    assert torch.equal(loss_of(kind(gce_q=0.0), network, x, y, x_adv, x_adv), F.cross_entropy(network(x_adv), y))
+
+
 def test_clean_is_cross_entropy(setting):
     network, x, y, x_p, x_w = setting
     terms = terms_of(Clean(), network, x, y, x_p, x_w)
@@ -203,6 +212,9 @@ def test_extreme_logits_give_finite_gradients(setting):
         (Clean, {"label_smoothing": -0.1}, "objective.label_smoothing"),
         (WDAT, {"label_smoothing": math.nan}, "objective.label_smoothing"),
         (WDAT, {"smooth": "synthetics"}, "objective.smooth.*synthetic"),
+        (PGDAT, {"gce_q": 1.5}, r"objective.gce_q.*\[0, 1\]"),
+        (AttackAT, {"gce_q": -0.1}, "objective.gce_q"),
+        (AttackAT, {"gce_q": 0.5, "label_smoothing": 0.1}, "label_smoothing.*gce_q"),
     ],
 )
 def test_impossible_settings_are_named(kind, arguments, word):

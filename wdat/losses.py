@@ -1,7 +1,8 @@
 """Per-sample losses: logits (N, K) and a target to values (N,), larger where the network does worse.
 
 Every loss is computed in float32 at least. The target is the labels (N,), or for `kl` the clean log-probabilities
-(N, K). Sources: CE and DLR, Croce & Hein 2020; ReDLR [B] arXiv 2306.09844; KL, TRADES (Zhang et al. 2019).
+(N, K). Sources: CE and DLR, Croce & Hein 2020; ReDLR [B] arXiv 2306.09844; KL, TRADES (Zhang et al. 2019);
+generalised cross-entropy, Zhang & Sabuncu 2018.
 """
 
 from __future__ import annotations
@@ -50,6 +51,22 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy −log softmax(z)_y; (N, K), (N,) → (N,)."""
     return F.cross_entropy(_precise(logits), labels, reduction="none")
+
+
+def generalised_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tensor:
+    """Generalised cross-entropy (1 − p_y^q)/q, p = softmax(z) (Zhang & Sabuncu 2018, arXiv 1805.07836); → (N,).
+
+    Between cross-entropy, its limit q → 0, and 1 − p_y at q = 1. It is at most 1/q, and its gradient is p_y^q times
+    that of cross-entropy, so that images far beyond the decision boundary hardly count.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        q: In [0, 1]; not the conjugate order.
+    """
+    if q == 0:
+        return cross_entropy(logits, labels)
+    return torch.expm1(-q * cross_entropy(logits, labels)) / -q
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | float) -> Tensor:

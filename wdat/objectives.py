@@ -2,7 +2,8 @@
 
 E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `WDAT` has β_p = 0 [A], `TRADES` β_w = 0 [T],
 `Combined` both. `PGDAT` is E[CE(f(x_p), y)] (Madry et al. 2018), `AttackAT` E[CE(f(x_w), y)], `Clean` E[CE(f(x), y)].
-Label smoothing changes the cross-entropies only; divergences and attacks stay as they are.
+Label smoothing changes the cross-entropies only; divergences and attacks stay as they are. `PGDAT` and `AttackAT` may
+have the bounded generalised cross-entropy in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from wdat.attacks import PGD, Attack
 from wdat.data.batch import Batch
 from wdat.errors import SettingError, check_real, unknown
-from wdat.losses import cross_entropy, kl_divergence, log_probabilities, smoothed_cross_entropy
+from wdat.losses import (
+    cross_entropy,
+    generalised_cross_entropy,
+    kl_divergence,
+    log_probabilities,
+    smoothed_cross_entropy,
+)
 from wdat.threat import parse_budget
 
 SMOOTH = ("all", "synthetic")
@@ -148,12 +155,42 @@ class WDAT(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackAT(Objective):
+class _Adversarial(Objective):
+    """What adversarial training has in common, whose only term is a loss of the labels at perturbed images.
+
+    Attributes:
+        gce_q: q of the generalised cross-entropy (1 − p_y^q)/q (Zhang & Sabuncu 2018, arXiv 1805.07836) in place of
+            cross-entropy, in [0, 1]; 0 is cross-entropy. The attack ascends its own loss whatever this is. At the
+            perturbed images of adversarial training it is **(ours)**: cross-entropy spends a small network's capacity
+            on images that it can't hold, while accuracy only counts them.
+    """
+
+    gce_q: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        hint = "q of the generalised cross-entropy; 0 is cross-entropy, 0.5 is usual"
+        check_real("objective.gce_q", self.gce_q, "[0, 1]", hint)
+        if self.gce_q and self.label_smoothing:
+            raise SettingError(
+                f"objective.label_smoothing={self.label_smoothing} belongs to cross-entropy, which "
+                f"objective.gce_q={self.gce_q} replaces: set one of the two to 0"
+            )
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss at the perturbed images; (B, K) → (B,)."""
+        if self.gce_q:
+            return generalised_cross_entropy(logits, batch.y, self.gce_q)
+        return self.cross_entropy(logits, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackAT(_Adversarial):
     """E[CE(f(x_w), y)]: adversarial training with the distributional attack **(ours)**."""
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x_w = context.distributional()
-        return {"distributional": Term(self.cross_entropy(network(x_w), batch))}
+        return {"distributional": Term(self._loss(network(x_w), batch))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +266,11 @@ class Combined(_Pointwise):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDAT(_Pointwise):
+class PGDAT(_Adversarial, _Pointwise):
     """E[CE(f(x_p), y)] (Madry et al. 2018)."""
 
     pointwise_attack: Attack = field(default_factory=lambda: PGD(loss="ce", steps=10, step_size=0.25))
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x_p = self._moved(context, with_logits=False)
-        return {"pointwise": Term(self.cross_entropy(network(x_p), batch))}
+        return {"pointwise": Term(self._loss(network(x_p), batch))}
