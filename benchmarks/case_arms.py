@@ -26,7 +26,7 @@ class Network:
 
     def at(self, setting: str) -> str:
         """A setting with multiples of δ, as 2δ, written out."""
-        return re.sub(r"(\d)δ", lambda found: f"{int(found[1]) * self.delta}/255", setting)
+        return re.sub(r"([\d.]+)δ", lambda found: f"{float(found[1]) * self.delta:g}/255", setting)
 
 
 NETWORKS = {

@@ -17,10 +17,11 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, rate
+from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, Arm, rate
 from benchmarks.common import CONSOLE, SHARED
 from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
@@ -52,6 +53,7 @@ class Study:
         scratch: Whether weights are drawn by the seed.
         more: Further settings of `train.py`.
         autoattack: Whether to run it on the unaltered test images.
+        arms: Ways to train, by name.
     """
 
     network: str
@@ -62,10 +64,11 @@ class Study:
     scratch: bool = False
     more: tuple[str, ...] = ()
     autoattack: bool = False
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
 
     def place(self, arm: str, seed: int) -> Path:
         """Where a row is kept."""
-        return self.out / self.network / arm / (f"seed{seed}" if ARMS[arm].settings else "")
+        return self.out / self.network / arm / (f"seed{seed}" if self.arms[arm].settings else "")
 
     def weights(self) -> Path:
         """The weights that fine-tuning starts with."""
@@ -79,12 +82,12 @@ class Study:
 
     def training(self, arm: str, seed: int) -> list[str]:
         """The command that trains a row."""
-        epochs = round(self.passes / ARMS[arm].passes) if self.passes else self.epochs
+        epochs = round(self.passes / self.arms[arm].passes) if self.passes else self.epochs
         start = [rate(SCRATCH_RATE)]
         if not self.scratch:
             start = [f"model.checkpoint={self.weights()}", rate(NETWORKS[self.network].rate)]
         return self._train(
-            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *ARMS[arm].settings,
+            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *self.arms[arm].settings,
             f"hydra.run.dir={self.place(arm, seed) / 'train'}",
         )  # fmt: skip
 
@@ -96,7 +99,7 @@ class Study:
     def evaluations(self, arm: str, seed: int) -> dict[str, list[str]]:
         """The commands that evaluate a row, by the name of their folder."""
         found, place = NETWORKS[self.network], self.place(arm, seed)
-        weights = place / "train/checkpoints/last.ckpt" if ARMS[arm].settings else self.weights()
+        weights = place / "train/checkpoints/last.ckpt" if self.arms[arm].settings else self.weights()
         common = [
             "evaluate.py", f"model={self.network}", f"model.checkpoint={weights}", "data=npz",
             f"threat.delta={found.delta}/255", "save_distances=true",

@@ -1,0 +1,138 @@
+"""Runs the frontier study (docs/case-study.md): methods over their strengths, at equal passes per image.
+
+    python -m benchmarks.frontier --data FILE.npz --networks resnet2b cnn_a --seeds 0 1
+    python -m benchmarks.frontier --data FILE.npz --methods pgd_at pgd_at_gce --list  # the commands alone
+    python -m benchmarks.frontier_table outputs/frontier  # the tables, the record and the picture
+
+Each arm is `train.py` and then `evaluate.py`, as `benchmarks.case_study` has them, in a folder of its own. What is
+finished is left alone and what was stopped goes on, so the same command may be given again. An arm that fails doesn't
+stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.case_arms import NETWORKS, Arm, at_attack, pgd_at, trades
+from benchmarks.case_study import Study, evaluate, train
+from benchmarks.common import CONSOLE
+from wdat.cli.console import readable_errors
+from wdat.errors import SettingError
+
+PASSES = 20  # of each training image, forward and backward: whole epochs for arms of 4 and of 5 passes
+IMAGES = 12_000
+VALIDATION = 2_000
+FASTER = ("evaluation.attacks=[wpgd]",)  # on the hundred test images of a training run
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and its arms.
+
+    Attributes:
+        says: What it is, for tables.
+        arms: Settings of `train.py` by strength.
+    """
+
+    says: str
+    arms: dict[str, tuple[str, ...]]
+
+
+GCE = "objective.gce_q=0.5"
+RADII, BUDGETS = ("1", "1.5", "2", "2.5"), ("0.7", "1", "1.4")
+
+METHODS = {
+    "pgd_at": Method("PGD-AT, CE", {r: pgd_at(f"{r}δ") for r in RADII}),
+    "pgd_at_gce": Method("PGD-AT, GCE with q = 0.5", {r: (*pgd_at(f"{r}δ"), GCE) for r in RADII}),
+    "draw": Method("drawn radii, CE", {r: (*at_attack("critical_draw"), f"threat.delta={r}δ") for r in BUDGETS}),
+    "draw_gce": Method(
+        "drawn radii, GCE with q = 0.5",
+        {r: (*at_attack("critical_draw"), f"threat.delta={r}δ", GCE) for r in BUDGETS},
+    ),
+    "trades": Method("TRADES, β = 6", {r: trades(f"{r}δ") for r in RADII[:3]}),
+    "trades_3": Method("TRADES, β = 3", {r: trades(f"{r}δ", 3) for r in RADII[1:]}),
+}
+"""By name; a strength is a radius in units of δ, of drawn radii the budget that they are drawn for."""
+
+ARMS = {
+    f"{name}-{strength}": Arm(f"{method.says}, {strength} δ", settings)
+    for name, method in METHODS.items()
+    for strength, settings in method.arms.items()
+}
+
+
+def study_of(network: str, out: Path, data: Path, images: int = IMAGES, more: tuple[str, ...] = ()) -> Study:
+    """The rows of one network; `more` are further settings of `train.py`."""
+    settings = (f"data.limit_train={images}", f"data.val_size={VALIDATION}", *FASTER, *more)
+    return Study(network, out, data, passes=PASSES, more=settings, arms=ARMS)
+
+
+def evaluation(study: Study, arm: str, seed: int) -> list[str]:
+    """The command that measures an arm on validation images.
+
+    W_1 at 2 δ pays for larger distances than W_2 and W_4 do, so that its search serves them all.
+    """
+    delta, place = NETWORKS[study.network].delta, study.place(arm, seed)
+    return [
+        "evaluate.py", f"model={study.network}", f"model.checkpoint={place / 'train/checkpoints/last.ckpt'}",
+        "data=npz", f"data.path={study.data}", f"data.val_size={VALIDATION}", f"seed={seed}", "split=val",
+        "attacks=[knapsack]", "attack_options.knapsack.effort=quick", "losses=[ce]", "save_distances=true",
+        "threat.p=1", f"threat.delta={delta}/255", f"deltas=[{delta}/255,{2 * delta}/255]",
+        f"hydra.run.dir={place / 'val'}",
+    ]  # fmt: skip
+
+
+def row(study: Study, arm: str, seed: int) -> None:
+    """Train and measure an arm unless that is done; its cost is kept beside it."""
+    place, started = study.place(arm, seed), time.monotonic()
+    train(study.training(arm, seed), place / "train")
+    trained = time.monotonic()
+    evaluate(evaluation(study, arm, seed), place / "val")
+    about = {
+        "network": study.network, "arm": arm, "says": ARMS[arm].says, "seed": seed, "settings": ARMS[arm].settings,
+        "passes_an_epoch": ARMS[arm].passes, "epochs": round(PASSES / ARMS[arm].passes),
+        "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
+    }  # fmt: skip
+    if not (place / "arm.json").exists():
+        (place / "arm.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def main() -> None:
+    """Read the command line and run the arms, seed by seed and network by network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet2b", "cnn_a"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--images", type=int, default=IMAGES, help="to train on, drawn by class from the seed")
+    parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
+    parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of train.py")
+    parser.add_argument("--list", action="store_true", help="print the command lines and stop")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    failed: list[str] = []
+    for seed in args.seeds:
+        for network in args.networks:
+            study = study_of(network, args.out, args.data, args.images, tuple(args.set))
+            for arm in (f"{name}-{strength}" for name in args.methods for strength in METHODS[name].arms):
+                if args.list:
+                    for command in (study.training(arm, seed), evaluation(study, arm, seed)):
+                        print(" ".join(f"'{c}'" if "[" in c else c for c in command))
+                    continue
+                CONSOLE.print(f"{network}, {arm}, seed {seed}", markup=False)
+                try:
+                    row(study, arm, seed)
+                except SettingError as error:  # of this arm; it is tried again with the next call
+                    failed.append(str(error))
+    if failed:
+        raise SettingError("; ".join(failed))
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main()
