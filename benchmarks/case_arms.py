@@ -61,7 +61,8 @@ class Arm:
         at perturbed images is all, and those of each inner attack.
         """
         steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
-        return sum(steps) + len(steps) + all(not s.endswith(".loss=ce") for s in self.settings)
+        as_they_are = "objective=mart" in self.settings or all(not s.endswith(".loss=ce") for s in self.settings)
+        return sum(steps) + len(steps) + as_they_are
 
 
 def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:

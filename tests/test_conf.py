@@ -38,7 +38,7 @@ CONTRACT = {
     "data": ("cifar10 cifar100 imagenet folder npz digits", ""),
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
     "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", "critical_draw"),
-    "objective": ("wdat trades combined pgd_at clean", "attack_at"),
+    "objective": ("wdat trades combined pgd_at mart clean", "attack_at"),
     "sensitivity": ("table subsample exact batch ema", ""),
     "finetune": ("all head", "reset_head perturb"),
     "optimizer": ("sgd adamw", ""),

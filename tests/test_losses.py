@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from sklearn.metrics import log_loss
 from torch.testing import assert_close
 
 from wdat.errors import SettingError
 from wdat.losses import (
     LOSSES,
+    boosted_cross_entropy,
     cross_entropy,
     dlr,
     generalised_cross_entropy,
@@ -72,6 +75,23 @@ def test_generalised_cross_entropy_ends_in_cross_entropy_and_in_the_probability_
     assert_close(generalised_cross_entropy(z, y, 1e-6), cross_entropy(z, y), rtol=1e-5, atol=1e-6)
     assert_close(generalised_cross_entropy(z, y, 1.0), 1 - z.softmax(1).gather(1, y[:, None]).squeeze(1))
     assert_close(generalised_cross_entropy(1e4 * z, y, 0.5).max(), torch.tensor(2.0))
+
+
+@given(logits, labels)
+def test_boosted_cross_entropy(z, y):
+    """Against sums in logarithms over all classes but the strongest wrong one."""
+    value = boosted_cross_entropy(torch.from_numpy(z), torch.from_numpy(y)).numpy()
+    for row, label, found in zip(z, y, value, strict=True):
+        wrong = max((k for k in range(5) if k != label), key=lambda k: row[k])
+        assert found == pytest.approx(logsumexp(row) - logsumexp(np.delete(row, wrong)), rel=1e-9, abs=1e-9)
+
+
+def test_boosted_cross_entropy_of_a_certain_error_is_finite_with_its_gradient():
+    z = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    value = boosted_cross_entropy(z, torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert_close(value, torch.tensor([200 - math.log(2)]))
+    assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
 
 
 @given(logits, labels)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from wdat.attacks import build
 from wdat.data.batch import Batch
 from wdat.errors import SettingError
-from wdat.objectives import PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, total
+from wdat.objectives import MART, PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, total
 
 
 class Given:
@@ -101,6 +101,8 @@ def test_combined_is_the_sum_of_its_terms(setting):
         (TRADES(beta_p=0), ["logits"]),
         (PGDAT(pointwise_delta="8/255"), [("pointwise", "pgd", 8 / 255)]),
         (AttackAT(), ["distributional"]),
+        (MART(), ["logits", ("pointwise", "pgd", None)]),
+        (MART(beta_p=0), [("pointwise", "pgd", None)]),
         (Clean(), ["logits"]),
     ],
     ids=str,
@@ -125,6 +127,22 @@ def test_adversarial_training_may_have_a_bounded_loss(setting, kind):
     ours = loss_of(kind(gce_q=0.7), network, x, y, x_adv, x_adv)
     assert_close(ours, ((1 - p**0.7) / 0.7).mean())
     assert torch.equal(loss_of(kind(gce_q=0.0), network, x, y, x_adv, x_adv), F.cross_entropy(network(x_adv), y))
+
+
+def test_mart_equals_the_textbook_with_its_gradients(setting):
+    """The loss of github.com/YisenWang/MART, written out, without the small numbers that it adds within logarithms."""
+    network, x, y, x_adv, _ = setting
+    clean, moved = network(x).softmax(1), network(x_adv).softmax(1)
+    rows = torch.arange(6)
+    wrong = moved.clone()
+    wrong[rows, y] = 0
+    boosted = -moved[rows, y].log() - (1 - wrong.max(1).values).log()
+    kl = (clean * (clean / moved).log()).sum(1)
+    expected = boosted.mean() + 4.0 * (kl * (1 - clean[rows, y])).mean()
+    ours = loss_of(MART(beta_p=4.0), network, x, y, x_adv)
+    assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(_gradients(network, ours), _gradients(network, expected), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_clean_is_cross_entropy(setting):
@@ -212,6 +230,7 @@ def test_extreme_logits_give_finite_gradients(setting):
         (Clean, {"label_smoothing": -0.1}, "objective.label_smoothing"),
         (WDAT, {"label_smoothing": math.nan}, "objective.label_smoothing"),
         (WDAT, {"smooth": "synthetics"}, "objective.smooth.*synthetic"),
+        (MART, {"beta_p": -1.0}, "objective.beta_p"),
         (PGDAT, {"gce_q": 1.5}, r"objective.gce_q.*\[0, 1\]"),
         (AttackAT, {"gce_q": -0.1}, "objective.gce_q"),
         (AttackAT, {"gce_q": 0.5, "label_smoothing": 0.1}, "label_smoothing.*gce_q"),

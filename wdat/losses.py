@@ -2,7 +2,7 @@
 
 Every loss is computed in float32 at least. The target is the labels (N,), or for `kl` the clean log-probabilities
 (N, K). Sources: CE and DLR, Croce & Hein 2020; ReDLR [B] arXiv 2306.09844; KL, TRADES (Zhang et al. 2019);
-generalised cross-entropy, Zhang & Sabuncu 2018.
+generalised cross-entropy, Zhang & Sabuncu 2018; boosted cross-entropy, MART (Wang et al. 2020).
 """
 
 from __future__ import annotations
@@ -77,6 +77,16 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | f
     log_p = log_probabilities(logits)
     true = log_p.gather(1, labels[:, None]).squeeze(1)
     return -(1 - smoothing) * true - smoothing * log_p.mean(1)
+
+
+def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log(1 − max_{k≠y} p_k): what MART (Wang et al. 2020) adds to the cross-entropy; (N, K), (N,) → (N,).
+
+    It pushes the strongest wrong class down, which cross-entropy does only through the sum of all.
+    """
+    log_p = log_probabilities(logits)
+    strongest = log_p.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    return -log_p.scatter(1, strongest[:, None], -torch.inf).logsumexp(1)  # of all others: exact where p is near 1
 
 
 def _true_and_best_other(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

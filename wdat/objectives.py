@@ -1,7 +1,8 @@
 """Training objectives: one small class each, called with a network, a batch and what surrounds the step.
 
 E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `WDAT` has β_p = 0 [A], `TRADES` β_w = 0 [T],
-`Combined` both. `PGDAT` is E[CE(f(x_p), y)] (Madry et al. 2018), `AttackAT` E[CE(f(x_w), y)], `Clean` E[CE(f(x), y)].
+`Combined` both. `PGDAT` is E[CE(f(x_p), y)] (Madry et al. 2018), `AttackAT` E[CE(f(x_w), y)], `Clean` E[CE(f(x), y)];
+`MART` (Wang et al. 2020) weighs TRADES' divergence by how unsure the network is.
 Label smoothing changes the cross-entropies only; divergences and attacks stay as they are. `PGDAT` and `AttackAT` may
 have the bounded generalised cross-entropy in its place.
 """
@@ -18,6 +19,7 @@ from wdat.attacks import PGD, Attack
 from wdat.data.batch import Batch
 from wdat.errors import SettingError, check_real, unknown
 from wdat.losses import (
+    boosted_cross_entropy,
     cross_entropy,
     generalised_cross_entropy,
     kl_divergence,
@@ -274,3 +276,31 @@ class PGDAT(_Adversarial, _Pointwise):
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x_p = self._moved(context, with_logits=False)
         return {"pointwise": Term(self._loss(network(x_p), batch))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MART(_Pointwise):
+    """E[BCE(f(x_p), y)] + β_p E[(1 − p_y(x)) KL(f(x) ‖ f(x_p))] (Wang et al. 2020, ICLR).
+
+    BCE = −log p_y − log(1 − max_{k≠y} p_k), p the softmax; x_p by PGD on cross-entropy. Images that the network doesn't
+    know yet count more. In the log `boosted` is the first term and `pointwise` the second.
+
+    Attributes:
+        beta_p: β_p, factor of the second term; 5 in the paper, 6 in its code.
+    """
+
+    pointwise_attack: Attack = field(default_factory=lambda: PGD(loss="ce", steps=10, step_size=0.25))
+    beta_p: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factor("beta_p", self.beta_p)
+
+    def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
+        moved = network(self._moved(context, with_logits=bool(self.beta_p)))
+        terms = {"boosted": Term(self.cross_entropy(moved, batch) + boosted_cross_entropy(moved, batch.y))}
+        if self.beta_p:
+            log_clean = log_probabilities(context.logits())
+            unsure = 1 - log_clean.gather(1, batch.y[:, None]).squeeze(1).exp()
+            terms["pointwise"] = Term(unsure * kl_divergence(moved, log_clean), self.beta_p)
+        return terms

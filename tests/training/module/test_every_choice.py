@@ -82,8 +82,9 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
     )
     watch = Watch(module)
     fit(module, data, 2, callbacks=[watch])
-    names = {"loss"} if objective in ("pgd_at", "attack_at") else {"loss", "loss_clean"}
-    names |= {"loss_pointwise"} if objective in ("trades", "combined", "pgd_at") else set()
+    names = {"loss"} if objective in ("pgd_at", "attack_at", "mart") else {"loss", "loss_clean"}
+    names |= {"loss_boosted"} if objective == "mart" else set()
+    names |= {"loss_pointwise"} if objective in ("trades", "combined", "pgd_at", "mart") else set()
     names |= {"loss_distributional"} if objective in ("wdat", "combined", "attack_at") else set()
     assert len(watch.losses) == 2
     for losses in watch.losses:
@@ -148,6 +149,7 @@ PASSES = {  # of the network in one step: at the clean images, inner steps, at t
     "wdat": INNER + 1,  # the clean pass is the first inner step
     "attack_at": INNER + 1,
     "pgd_at": INNER + 1,
+    "mart": INNER + 2,
     "combined": INNER + 1 + INNER + 1,
 }
 
