@@ -213,6 +213,11 @@ class _Pointwise(Objective):
             raise SettingError(
                 "objective.pointwise_attack must be a pointwise attack, such as wdat.attacks.PGD or FGSM"
             )
+        if self.pointwise_attack.state_dict():
+            raise SettingError(
+                f"objective.pointwise_attack={self.pointwise_attack.name} learns as it trains, which is for the run's "
+                f"own attack: attack={self.pointwise_attack.name} objective=attack_at, or objective=wdat"
+            )
         _ = self._delta  # refuses an unreadable one before any work
 
     @property

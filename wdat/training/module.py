@@ -212,11 +212,16 @@ class WDATModule(L.LightningModule):
         return step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the estimator's state; plain containers only, so that `weights_only` loads them."""
+        """Keep the estimator's and the attack's state; plain containers only, so that `weights_only` loads them."""
         checkpoint["sensitivity"] = {"name": self.sensitivity.name, **self.sensitivity.state_dict()}
+        if self.attack is not None:
+            checkpoint["attack"] = {"name": self.attack.name, **self.attack.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the estimator's state where it is of the same kind."""
+        """Restore the estimator's and the attack's state where they are of the same kind."""
         state = dict(checkpoint.get("sensitivity", {}))
         if state.pop("name", None) == self.sensitivity.name:
             self.sensitivity.load_state_dict(state)
+        learnt = dict(checkpoint.get("attack", {}))
+        if self.attack is not None and learnt.pop("name", None) == self.attack.name and learnt:
+            self.attack.load_state_dict(learnt)

@@ -99,6 +99,8 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
 @pytest.mark.parametrize("threat", ["winf_linf", "w2_l2", "winf_l2"])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_threat_trains(data, chosen, threat, attack):
+    if attack == "wrm" and threat.startswith("winf"):
+        pytest.skip("refused: WRM puts a price on a finite power of the distance")
     network = small_cnn()
     before = copy.deepcopy(network)
     own = chosen("threat", threat)
@@ -106,9 +108,9 @@ def test_every_threat_trains(data, chosen, threat, attack):
     fit(module_for(network, attack=chosen("attack", attack), threat=own), data, 2, callbacks=[outputs])
     assert not same(network, before)
     result = outputs.seen[-1]["attack_result"]
-    assert result.threat == (own.pointwise() if attack in ("pgd", "fgsm") else own)
+    assert result.threat == (own.pointwise() if attack in ("pgd", "fgsm", "udr") else own)
     bound = 4 * own.delta if attack in ("wpgd_budget", "wfgsm") and not own.is_pointwise else None
-    bound = own.delta if result.threat.is_pointwise else bound
+    bound = own.delta if result.threat.is_pointwise and attack != "udr" else bound
     if bound:
         assert float(result.distances.max()) <= bound * 1.0001
 
