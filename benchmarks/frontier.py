@@ -1,7 +1,7 @@
 """Runs the frontier study (docs/case-study.md): methods over their strengths, at equal passes per image.
 
     python -m benchmarks.frontier --data FILE.npz --networks resnet2b cnn_a --seeds 0 1
-    python -m benchmarks.frontier --data FILE.npz --methods pgd_at pgd_at_gce --list  # the commands alone
+    python -m benchmarks.frontier --data FILE.npz --arms pgd_at-2 pgd_at_gce-2 --list  # the commands alone
     python -m benchmarks.frontier_table outputs/frontier  # the tables, the record and the picture
 
 Each arm is `train.py` and then `evaluate.py`, as `benchmarks.case_study` has them, in a folder of its own. What is
@@ -106,7 +106,7 @@ def main() -> None:
     """Read the command line and run the arms, seed by seed and network by network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet2b", "cnn_a"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--images", type=int, default=IMAGES, help="to train on, drawn by class from the seed")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
@@ -119,7 +119,7 @@ def main() -> None:
     for seed in args.seeds:
         for network in args.networks:
             study = study_of(network, args.out, args.data, args.images, tuple(args.set))
-            for arm in (f"{name}-{strength}" for name in args.methods for strength in METHODS[name].arms):
+            for arm in args.arms:
                 if args.list:
                     for command in (study.training(arm, seed), evaluation(study, arm, seed)):
                         print(" ".join(f"'{c}'" if "[" in c else c for c in command))
