@@ -39,6 +39,8 @@ CONTRACT = {
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
     "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical wrm udr", "critical_draw"),
     "objective": ("wdat trades combined pgd_at mart clean", "attack_at"),
+    "reweighting": ("none kl", ""),
+    "weight_perturbation": ("none awp", ""),
     "sensitivity": ("table subsample exact batch ema", ""),
     "finetune": ("all head", "reset_head perturb"),
     "optimizer": ("sgd adamw", ""),

@@ -58,6 +58,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     logger = build(cfg.logger, "logger")  # before longer work, because it may want a login
     data, threat, optimizer = build(cfg.data, "data"), build(cfg.threat, "threat"), optimizer_of(cfg)
     objective, attack = build(cfg.objective, "objective"), build(cfg.attack, "attack")
+    reweighting, perturbation = (build(cfg[key], key) for key in ("reweighting", "weight_perturbation"))
+    if reweighting is not None:
+        reweighting.check(cfg.data.batch_size)
     scheduler, sensitivity = build(cfg.scheduler, "scheduler"), build(cfg.sensitivity, "sensitivity")
     facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
@@ -82,7 +85,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
         network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
-        cfg.optimizer.exempt, notify=notify, progress=progress.report,
+        cfg.optimizer.exempt, notify=notify, progress=progress.report, reweighting=reweighting,
+        weight_perturbation=perturbation,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
     trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])

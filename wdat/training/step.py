@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -60,6 +60,7 @@ class Step:
         self.sensitivity, self.measure, self.modes_agree = sensitivity, measure, modes_agree
         self.result: AttackResult | None = None
         self._logits: Tensor | None = None
+        self._pointwise: dict[tuple[int, float | None], Tensor] = {}
         noise, uniform = partial(start_noise, seed, batch), partial(radius_draws, seed, batch)
         self._context = Context(processes, noise=noise, uniform=uniform, training=True)
 
@@ -84,7 +85,13 @@ class Step:
     def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
         """Images (B, C, H, W) moved by another attack at p = inf, x_p."""
         threat, context = self.threat.pointwise(delta), self._shared(with_logits, gradient=False)
-        return attack(self.network, self.batch.x, self.batch.y, threat, context).x_adv
+        moved = attack(self.network, self.batch.x, self.batch.y, threat, context).x_adv
+        self._pointwise[id(attack), delta] = moved
+        return moved
+
+    def again(self) -> Again:
+        """The same perturbed images for another pass, through weights that have changed."""
+        return Again(self.network, self.batch.x, self.result, self._pointwise)
 
     @property
     def divides(self) -> bool:
@@ -105,6 +112,42 @@ class Step:
             log_clean = log_probabilities(self._logits.detach())
             self._context = replace(self._context, log_clean=log_clean, clean_pass=clean_pass)
         return self._context
+
+
+class Again:
+    """The images that a step has made, without attacking again; an objective's `StepContext`.
+
+    Args:
+        network: In train mode.
+        x: Clean images (B, C, H, W).
+        result: What the distributional attack did.
+        pointwise: Images of other attacks, by the attack's identity and its budget.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        result: AttackResult | None,
+        pointwise: Mapping[tuple[int, float | None], Tensor],
+    ) -> None:
+        self.network, self.x, self.result, self._images = network, x, result, pointwise
+        self._logits: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """Logits (B, K) of the clean images in train mode, with gradients."""
+        if self._logits is None:
+            self._logits = self.network(self.x)
+        return self._logits
+
+    def distributional(self, with_logits: bool = False) -> Tensor:
+        """The images (B, C, H, W) that the distributional attack moved."""
+        assert self.result is not None, "an objective asks for the same images each time"
+        return self.result.x_adv
+
+    def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
+        """The images (B, C, H, W) that another attack moved."""
+        return self._images[id(attack), delta]
 
 
 def start_noise(seed: int, batch: Batch) -> Tensor:

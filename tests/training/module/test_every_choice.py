@@ -30,6 +30,7 @@ from wdat.distributed import ALONE, Processes
 from wdat.errors import SettingError
 from wdat.objectives import Clean
 from wdat.threat import ThreatModel
+from wdat.training.weight_perturbation import AWP
 
 pytestmark = QUIET
 
@@ -171,6 +172,23 @@ def test_the_passes_of_a_step(data, name, chosen):
 
     fit(module_for(network, objective, distributional(inner=INNER)), data, 3, callbacks=[Count()])
     assert [after - before for before, after in pairwise(trail)] == 2 * [PASSES[name]]
+
+
+@pytest.mark.parametrize(("name", "more"), [("pgd_at", 1), ("attack_at", 1), ("trades", 2), ("wdat", 2), ("mart", 2)])
+def test_awp_costs_one_more_pass_of_each_set_of_images(data, name, more, chosen):
+    network, calls, trail = small_cnn(), [], []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    objective = chosen("objective", name)
+    if hasattr(objective, "pointwise_attack"):
+        objective.pointwise_attack.steps = INNER
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_):
+            trail.append(len(calls))
+
+    module = module_for(network, objective, distributional(inner=INNER), weight_perturbation=AWP(start=0))
+    fit(module, data, 3, callbacks=[Count()])
+    assert [after - before for before, after in pairwise(trail)] == 2 * [PASSES[name] + more]
 
 
 class Two(Processes):
