@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from wdat.attacks import build
 from wdat.data.batch import Batch
 from wdat.errors import SettingError
+from wdat.losses import boosted_cross_entropy
 from wdat.objectives import MART, PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, total
 
 
@@ -150,6 +151,28 @@ def test_clean_is_cross_entropy(setting):
     terms = terms_of(Clean(), network, x, y, x_p, x_w)
     assert set(terms) == {"clean"}
     assert_close(total(terms), F.cross_entropy(network(x), y))
+
+
+# --- mixed images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss"),
+    [
+        (Clean(label_smoothing=0.1), lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1)),
+        (PGDAT(), lambda z, y: F.cross_entropy(z, y, reduction="none")),
+        (AttackAT(gce_q=1.0), lambda z, y: 1 - z.softmax(1).gather(1, y[:, None]).squeeze(1)),
+        (MART(beta_p=0), lambda z, y: F.cross_entropy(z, y, reduction="none") + boosted_cross_entropy(z, y)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_the_labels_of_a_mixed_image_count_by_their_shares(setting, objective, loss):
+    network, x, y, x_adv, _ = setting
+    other, share, place = (y + 1) % 4, torch.linspace(0.5, 1, 6), torch.arange(6)
+    batch = Batch(x, y, place, place, 6, 0, None, other, share)
+    logits = network(x if isinstance(objective, Clean) else x_adv)
+    found = total(objective(network, batch, Given(network, x, x_adv, x_adv)))
+    assert_close(found, (share * loss(logits, y) + (1 - share) * loss(logits, other)).mean())
 
 
 # --- label smoothing ------------------------------------------------------------------------------------------------

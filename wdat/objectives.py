@@ -10,6 +10,7 @@ have the bounded generalised cross-entropy in its place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -53,6 +54,13 @@ def total(terms: Terms) -> Tensor:
     for part in parts[1:]:
         loss = loss + part
     return loss
+
+
+def of_labels(batch: Batch, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of the labels (B,) → (B,), averaged over the two labels of each mixed image by their shares."""
+    if batch.other is None or batch.share is None:
+        return values(batch.y)
+    return batch.share * values(batch.y) + (1 - batch.share) * values(batch.other)
 
 
 class StepContext(Protocol):
@@ -106,11 +114,11 @@ class Objective(ABC):
         """
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy to the labels, smoothed where that is asked for; (B, K) → (B,)."""
+        """Cross-entropy to the labels, smoothed and of mixed images where that is asked for; (B, K) → (B,)."""
         if self.label_smoothing == 0 or (self.smooth == "synthetic" and batch.synthetic is None):
-            return cross_entropy(logits, batch.y)
+            return of_labels(batch, lambda y: cross_entropy(logits, y))
         chosen = batch.synthetic if self.smooth == "synthetic" and batch.synthetic is not None else 1.0
-        return smoothed_cross_entropy(logits, batch.y, self.label_smoothing * chosen)
+        return of_labels(batch, lambda y: smoothed_cross_entropy(logits, y, self.label_smoothing * chosen))
 
     def _divergences(
         self, network: nn.Module, batch: Batch, context: StepContext, **moved: tuple[Tensor | None, float]
@@ -182,7 +190,7 @@ class _Adversarial(Objective):
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss at the perturbed images; (B, K) → (B,)."""
         if self.gce_q:
-            return generalised_cross_entropy(logits, batch.y, self.gce_q)
+            return of_labels(batch, lambda y: generalised_cross_entropy(logits, y, self.gce_q))
         return self.cross_entropy(logits, batch)
 
 
@@ -303,9 +311,10 @@ class MART(_Pointwise):
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         moved = network(self._moved(context, with_logits=bool(self.beta_p)))
-        terms = {"boosted": Term(self.cross_entropy(moved, batch) + boosted_cross_entropy(moved, batch.y))}
+        boosted = of_labels(batch, lambda y: boosted_cross_entropy(moved, y))
+        terms = {"boosted": Term(self.cross_entropy(moved, batch) + boosted)}
         if self.beta_p:
             log_clean = log_probabilities(context.logits())
-            unsure = 1 - log_clean.gather(1, batch.y[:, None]).squeeze(1).exp()
+            unsure = 1 - of_labels(batch, lambda y: log_clean.gather(1, y[:, None]).squeeze(1).exp())
             terms["pointwise"] = Term(unsure * kl_divergence(moved, log_clean), self.beta_p)
         return terms

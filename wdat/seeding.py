@@ -11,7 +11,7 @@ import torch
 
 PURPOSES = (
     "split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii", "pool", "strata",
-    "smoothing", "limit", "test",
+    "smoothing", "limit", "test", "augment partners", "augment patches", "pass partners", "pass patches",
 )  # fmt: skip
 
 

@@ -204,6 +204,8 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     limited = [f"{split} {words}" for split, words in data.selection.items() if not words.startswith("all ")]
     if limited:
         notify(f"limits  {'; '.join(limited)}")
+    if data.patches.cutmix and cfg.averaging is None:
+        notify("data.augmentation.cutmix helps adversarial training only together with an average: averaging=ema")
     if data.pool is not None:
         notify(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":
