@@ -41,6 +41,9 @@ NETWORKS = {
 SCRATCH_RATE = 0.1  # the best of 0.02, 0.05 and 0.1 for TRADES in four epochs, on validation images
 
 
+AWP = "weight_perturbation=awp"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train.
@@ -58,11 +61,11 @@ class Arm:
         """What an epoch costs in epochs of plain training (each image once forward and once backward).
 
         One for every inner step, and one for every set of images in the objective: the images as they are, unless CE
-        at perturbed images is all, and those of each inner attack.
+        at perturbed images is all, and those of each inner attack. AWP passes each set twice.
         """
         steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
         as_they_are = "objective=mart" in self.settings or all(not s.endswith(".loss=ce") for s in self.settings)
-        return sum(steps) + len(steps) + as_they_are
+        return sum(steps) + (len(steps) + as_they_are) * (1 + (AWP in self.settings))
 
 
 def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
@@ -70,9 +73,10 @@ def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
     return f"{attack}.loss={loss}", f"{attack}.steps={steps}", f"{attack}.step_size={2.5 / steps:.3f}"
 
 
-def pgd_at(delta: str) -> tuple[str, ...]:
+def pgd_at(delta: str, steps: int = 3) -> tuple[str, ...]:
     """CE at PGD's images, every image with one radius."""
-    return "objective=pgd_at", f"objective.pointwise_delta={delta}", *_inner("objective.pointwise_attack", "ce")
+    inner = _inner("objective.pointwise_attack", "ce", steps)
+    return "objective=pgd_at", f"objective.pointwise_delta={delta}", *inner
 
 
 def trades(delta: str, beta: float = 6) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.case_arms import NETWORKS, Arm, at_attack, pgd_at, trades
+from benchmarks.case_arms import AWP, NETWORKS, Arm, at_attack, pgd_at, trades, wdat
 from benchmarks.case_study import Study, evaluate, train
 from benchmarks.common import CONSOLE
 from wdat.cli.console import readable_errors
@@ -45,6 +45,20 @@ class Method:
 
 GCE = "objective.gce_q=0.5"
 RADII, BUDGETS = ("1", "1.5", "2", "2.5"), ("0.7", "1", "1.4")
+MIDDLE = RADII[1:3]
+SOFT = ("attack=udr", "objective=attack_at", "attack.steps=3", "attack.step_size=0.833", "attack.tau=0.833")
+PRICED = ("attack=wrm", "objective=attack_at", "attack.loss=ce", "attack.steps=3")
+
+
+def mart(radius: str) -> tuple[str, ...]:
+    """MART with the inner steps of PGD-AT."""
+    return ("objective=mart", *pgd_at(radius)[1:])
+
+
+def kl(order: str) -> tuple[str, ...]:
+    """Worst-case weights of a batch's images."""
+    return "reweighting=kl", f"reweighting.order={order}"
+
 
 METHODS = {
     "pgd_at": Method("PGD-AT, CE", {r: pgd_at(f"{r}δ") for r in RADII}),
@@ -56,6 +70,20 @@ METHODS = {
     ),
     "trades": Method("TRADES, β = 6", {r: trades(f"{r}δ") for r in RADII[:3]}),
     "trades_3": Method("TRADES, β = 3", {r: trades(f"{r}δ", 3) for r in RADII[1:]}),
+    "wdat": Method(
+        "W-DAT, CE radii, β = 6",
+        {r: wdat("wpgd_budget", "attack.radius_max=4", f"threat.delta={r}δ") for r in ("1", "2", "3")},
+    ),
+    "mart": Method("MART, β = 5", {r: mart(f"{r}δ") for r in RADII[:3]}),
+    "udr": Method("UDR", {r: (*SOFT, "attack.loss=ce", f"threat.delta={r}δ") for r in RADII[1:]}),
+    "wrm": Method("WRM at a budget", {r: (*PRICED, f"threat.delta={r}δ") for r in ("1", "1.5", "2")}),
+    "sr": Method("PGD-AT, weights by SR-WDRO", {r: (*pgd_at(f"{r}δ"), *kl("uniform_weights")) for r in MIDDLE}),
+    "armor": Method("PGD-AT, weights by ARMOR", {r: (*pgd_at(f"{r}δ"), *kl("weights_uniform")) for r in MIDDLE}),
+    "awp": Method("PGD-AT, AWP", {r: (*pgd_at(f"{r}δ"), AWP) for r in MIDDLE}),
+    "gce_awp": Method("PGD-AT, GCE, AWP", {r: (*pgd_at(f"{r}δ"), GCE, AWP) for r in MIDDLE}),
+    "gce_sr": Method("PGD-AT, GCE, SR-WDRO", {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights")) for r in MIDDLE}),
+    "short": Method("PGD-AT, CE, 1 inner step", {r: pgd_at(f"{r}δ", 1) for r in MIDDLE}),
+    "short_gce": Method("PGD-AT, GCE, 1 inner step", {r: (*pgd_at(f"{r}δ", 1), GCE) for r in MIDDLE}),
 }
 """By name; a strength is a radius in units of δ, of drawn radii the budget that they are drawn for."""
 
