@@ -42,6 +42,7 @@ SCRATCH_RATE = 0.1  # the best of 0.02, 0.05 and 0.1 for TRADES in four epochs, 
 
 
 AWP = "weight_perturbation=awp"
+ASCENT = "objective=dual_ascent"
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class Arm:
         """What an epoch costs in epochs of plain training (each image once forward and once backward).
 
         One for every inner step, and one for every set of images in the objective: the images as they are, unless CE
-        at perturbed images is all, and those of each inner attack. AWP passes each set twice.
+        at perturbed images is all, and those of each inner attack. AWP passes each set twice. The grid of
+        the dual's ascent, five forward passes, counts as two.
         """
         steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
         as_they_are = "objective=mart" in self.settings or all(not s.endswith(".loss=ce") for s in self.settings)
-        return sum(steps) + (len(steps) + as_they_are) * (1 + (AWP in self.settings))
+        grid = 2 * (ASCENT in self.settings)
+        return sum(steps) + (len(steps) + as_they_are) * (1 + (AWP in self.settings)) + grid
 
 
 def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
@@ -88,6 +91,17 @@ def trades(delta: str, beta: float = 6) -> tuple[str, ...]:
 def at_attack(attack: str, *more: str) -> tuple[str, ...]:
     """CE at the images of a training attack, as PGD-AT has it."""
     return f"attack={attack}", "objective=attack_at", *_inner("attack", "ce"), *more
+
+
+def dual_ascent(delta: str, beta: float = 1) -> tuple[str, ...]:
+    """The dual on the distances themselves."""
+    return (
+        ASCENT,
+        f"objective.beta_clean={beta:g}",
+        "attack=critical",
+        *_inner("attack", "ce", 2),
+        f"threat.delta={delta}",
+    )
 
 
 def wdat(attack: str, *more: str) -> tuple[str, ...]:

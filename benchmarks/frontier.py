@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.case_arms import AWP, NETWORKS, Arm, at_attack, pgd_at, trades, wdat
+from benchmarks.case_arms import AWP, NETWORKS, Arm, at_attack, dual_ascent, pgd_at, trades, wdat
 from benchmarks.case_study import Study, evaluate, train
 from benchmarks.common import CONSOLE
 from wdat.cli.console import readable_errors
@@ -82,6 +82,8 @@ METHODS = {
     "awp": Method("PGD-AT, AWP", {r: (*pgd_at(f"{r}δ"), AWP) for r in MIDDLE}),
     "gce_awp": Method("PGD-AT, GCE, AWP", {r: (*pgd_at(f"{r}δ"), GCE, AWP) for r in MIDDLE}),
     "gce_sr": Method("PGD-AT, GCE, SR-WDRO", {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights")) for r in MIDDLE}),
+    "dual": Method("dual ascent, β = 1", {r: dual_ascent(f"{r}δ") for r in BUDGETS}),
+    "dual_light": Method("dual ascent, β = 0.25", {r: dual_ascent(f"{r}δ", 0.25) for r in BUDGETS}),
     "short": Method("PGD-AT, CE, 1 inner step", {r: pgd_at(f"{r}δ", 1) for r in MIDDLE}),
     "short_gce": Method("PGD-AT, GCE, 1 inner step", {r: (*pgd_at(f"{r}δ", 1), GCE) for r in MIDDLE}),
 }
