@@ -25,8 +25,9 @@ class Network:
     settings: tuple[str, ...] = ()
 
     def at(self, setting: str) -> str:
-        """A setting with multiples of δ, as 2δ, written out."""
-        return re.sub(r"([\d.]+)δ", lambda found: f"{float(found[1]) * self.delta:g}/255", setting)
+        """A setting with multiples of δ, as 2δ, or of the rate, as 2η, written out."""
+        rates = re.sub(r"([\d.]+)η", lambda found: f"{float(found[1]) * self.rate:g}", setting)
+        return re.sub(r"([\d.]+)δ", lambda found: f"{float(found[1]) * self.delta:g}/255", rates)
 
 
 NETWORKS = {

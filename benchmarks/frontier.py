@@ -55,10 +55,12 @@ def mart(radius: str) -> tuple[str, ...]:
     return ("objective=mart", *pgd_at(radius)[1:])
 
 
-def kl(order: str) -> tuple[str, ...]:
+def kl(order: str, radius: float = 0.1) -> tuple[str, ...]:
     """Worst-case weights of a batch's images."""
-    return "reweighting=kl", f"reweighting.order={order}"
+    return "reweighting=kl", f"reweighting.order={order}", f"reweighting.radius={radius:g}"
 
+
+SR3, FAST = kl("uniform_weights", 0.3), "optimizer.lr=2.5η"
 
 METHODS = {
     "pgd_at": Method("PGD-AT, CE", {r: pgd_at(f"{r}δ") for r in RADII}),
@@ -81,9 +83,42 @@ METHODS = {
     "armor": Method("PGD-AT, weights by ARMOR", {r: (*pgd_at(f"{r}δ"), *kl("weights_uniform")) for r in MIDDLE}),
     "awp": Method("PGD-AT, AWP", {r: (*pgd_at(f"{r}δ"), AWP) for r in MIDDLE}),
     "gce_awp": Method("PGD-AT, GCE, AWP", {r: (*pgd_at(f"{r}δ"), GCE, AWP) for r in MIDDLE}),
-    "gce_sr": Method("PGD-AT, GCE, SR-WDRO", {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights")) for r in MIDDLE}),
+    "gce_sr": Method("PGD-AT, GCE, SR-WDRO", {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights")) for r in RADII[1:]}),
+    "gce_sr3": Method(
+        "PGD-AT, GCE, SR-WDRO with r = 0.3",
+        {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights", 0.3)) for r in RADII[1:]},
+    ),
+    "gce8_sr": Method(
+        "PGD-AT, GCE with q = 0.8, SR-WDRO",
+        {r: (*pgd_at(f"{r}δ"), "objective.gce_q=0.8", *kl("uniform_weights")) for r in RADII[1:]},
+    ),
+    "gce_armor": Method("PGD-AT, GCE, ARMOR", {r: (*pgd_at(f"{r}δ"), GCE, *kl("weights_uniform")) for r in RADII[1:]}),
+    "mart_gce_sr": Method(
+        "MART, β = 5, GCE, SR-WDRO", {r: (*mart(f"{r}δ"), GCE, *kl("uniform_weights")) for r in RADII[1:]}
+    ),
+    "draw_gce_sr": Method(
+        "drawn radii, GCE, SR-WDRO",
+        {
+            r: (*at_attack("critical_draw"), f"threat.delta={r}δ", GCE, *kl("uniform_weights"))
+            for r in ("0.7", "1", "1.4", "2")
+        },
+    ),
     "dual": Method("dual ascent, β = 1", {r: dual_ascent(f"{r}δ") for r in BUDGETS}),
     "dual_light": Method("dual ascent, β = 0.25", {r: dual_ascent(f"{r}δ", 0.25) for r in BUDGETS}),
+    "mart_gce": Method("MART, β = 5, GCE with q = 0.5", {r: (*mart(f"{r}δ"), GCE) for r in RADII[:3]}),
+    "trades_gce": Method("TRADES, β = 3, GCE with q = 0.5", {r: (*trades(f"{r}δ", 3), GCE) for r in RADII[1:]}),
+    "gce_3": Method("PGD-AT, GCE with q = 0.3", {"2": (*pgd_at("2δ"), "objective.gce_q=0.3")}),
+    "gce_8": Method("PGD-AT, GCE with q = 0.8", {"1.5": (*pgd_at("1.5δ"), "objective.gce_q=0.8")}),
+    "fast": Method("PGD-AT, CE, rate × 2.5", {r: (*pgd_at(f"{r}δ"), FAST) for r in RADII[1:]}),
+    "fast_gce": Method("PGD-AT, GCE, rate × 2.5", {r: (*pgd_at(f"{r}δ"), GCE, FAST) for r in RADII[1:]}),
+    "fast_sr": Method("PGD-AT, SR-WDRO, rate × 2.5", {r: (*pgd_at(f"{r}δ"), *SR3, FAST) for r in RADII[1:]}),
+    "fast_gce_sr": Method(
+        "PGD-AT, GCE, SR-WDRO, rate × 2.5", {r: (*pgd_at(f"{r}δ"), GCE, *SR3, FAST) for r in RADII[1:]}
+    ),
+    "gce_sr10": Method(
+        "PGD-AT, GCE, SR-WDRO with r = 1",
+        {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights", 1)) for r in RADII[1:]},
+    ),
     "short": Method("PGD-AT, CE, 1 inner step", {r: pgd_at(f"{r}δ", 1) for r in MIDDLE}),
     "short_gce": Method("PGD-AT, GCE, 1 inner step", {r: (*pgd_at(f"{r}δ", 1), GCE) for r in MIDDLE}),
 }

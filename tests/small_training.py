@@ -26,7 +26,7 @@ DELTA = 8 / 255
 EVERYONE = ThreatModel(math.inf, "linf", DELTA)
 SHARED = ThreatModel(2, "linf", DELTA)
 ATTACKS = ["wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "wrm", "udr"]
-OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "mart", "attack_at", "clean"]
+OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "mart", "attack_at", "dual_ascent", "clean"]
 ESTIMATORS = ["table", "subsample", "exact", "batch", "ema"]
 
 

@@ -64,9 +64,12 @@ def generalised_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tenso
         labels: (N,).
         q: In [0, 1]; not the conjugate order.
     """
-    if q == 0:
-        return cross_entropy(logits, labels)
-    return torch.expm1(-q * cross_entropy(logits, labels)) / -q
+    return bounded(cross_entropy(logits, labels), q)
+
+
+def bounded(values: Tensor, q: float) -> Tensor:
+    """(1 − u^q)/q of values −log u, which they are in the limit q → 0; (N,) → (N,)."""
+    return torch.expm1(-q * values) / -q if q else values
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | float) -> Tensor:

@@ -3,8 +3,8 @@
 E[CE(f(x), y)] + β_p E[KL(f(x) ‖ f(x_p))] + β_w E[KL(f(x) ‖ f(x_w))]: `WDAT` has β_p = 0 [A], `TRADES` β_w = 0 [T],
 `Combined` both. `PGDAT` is E[CE(f(x_p), y)] (Madry et al. 2018), `AttackAT` E[CE(f(x_w), y)], `Clean` E[CE(f(x), y)];
 `MART` (Wang et al. 2020) weighs TRADES' divergence by how unsure the network is.
-Label smoothing changes the cross-entropies only; divergences and attacks stay as they are. `PGDAT` and `AttackAT` may
-have the bounded generalised cross-entropy in its place.
+Label smoothing, and the bounded generalised cross-entropy in its place, change the cross-entropies only; divergences
+and attacks stay as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.gradients import undisturbed
 from wdat.losses import (
     boosted_cross_entropy,
+    bounded,
     cross_entropy,
     generalised_cross_entropy,
     kl_divergence,
@@ -93,6 +94,10 @@ class Objective(ABC):
     Attributes:
         label_smoothing: Share of each label that the cross-entropies spread over all classes, in [0, 1).
         smooth: Which labels: `all`, or those of `synthetic` images only.
+        gce_q: q of the generalised cross-entropy (1 − p_y^q)/q (Zhang & Sabuncu 2018, arXiv 1805.07836) in place of
+            cross-entropy wherever the objective has it, in [0, 1]; 0 is cross-entropy. Attacks ascend their own loss
+            whatever this is. At perturbed images it is **(ours)**: cross-entropy spends a small network's capacity on
+            images that it can't hold, while accuracy only counts them.
 
     Raises:
         SettingError: If a setting is out of range.
@@ -100,9 +105,17 @@ class Objective(ABC):
 
     label_smoothing: float = 0.0
     smooth: str = "all"
+    gce_q: float = 0.0
 
     def __post_init__(self) -> None:
         check_real("objective.label_smoothing", self.label_smoothing, "[0, 1)", "a share of the label")
+        hint = "q of the generalised cross-entropy; 0 is cross-entropy, 0.5 is usual"
+        check_real("objective.gce_q", self.gce_q, "[0, 1]", hint)
+        if self.gce_q and self.label_smoothing:
+            raise SettingError(
+                f"objective.label_smoothing={self.label_smoothing} belongs to cross-entropy, which "
+                f"objective.gce_q={self.gce_q} replaces: set one of the two to 0"
+            )
         if self.smooth not in SMOOTH:
             raise unknown("choice of labels", self.smooth, SMOOTH, "objective.smooth")
 
@@ -117,7 +130,9 @@ class Objective(ABC):
         """
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy to the labels, smoothed and of mixed images where that is asked for; (B, K) → (B,)."""
+        """Cross-entropy to the labels, bounded, smoothed, of mixed images where that is asked for; (B, K) → (B,)."""
+        if self.gce_q:
+            return of_labels(batch, lambda y: generalised_cross_entropy(logits, y, self.gce_q))
         if self.label_smoothing == 0 or (self.smooth == "synthetic" and batch.synthetic is None):
             return of_labels(batch, lambda y: cross_entropy(logits, y))
         chosen = batch.synthetic if self.smooth == "synthetic" and batch.synthetic is not None else 1.0
@@ -168,42 +183,12 @@ class WDAT(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Adversarial(Objective):
-    """What adversarial training has in common, whose only term is a loss of the labels at perturbed images.
-
-    Attributes:
-        gce_q: q of the generalised cross-entropy (1 − p_y^q)/q (Zhang & Sabuncu 2018, arXiv 1805.07836) in place of
-            cross-entropy, in [0, 1]; 0 is cross-entropy. The attack ascends its own loss whatever this is. At the
-            perturbed images of adversarial training it is **(ours)**: cross-entropy spends a small network's capacity
-            on images that it can't hold, while accuracy only counts them.
-    """
-
-    gce_q: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        hint = "q of the generalised cross-entropy; 0 is cross-entropy, 0.5 is usual"
-        check_real("objective.gce_q", self.gce_q, "[0, 1]", hint)
-        if self.gce_q and self.label_smoothing:
-            raise SettingError(
-                f"objective.label_smoothing={self.label_smoothing} belongs to cross-entropy, which "
-                f"objective.gce_q={self.gce_q} replaces: set one of the two to 0"
-            )
-
-    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss at the perturbed images; (B, K) → (B,)."""
-        if self.gce_q:
-            return of_labels(batch, lambda y: generalised_cross_entropy(logits, y, self.gce_q))
-        return self.cross_entropy(logits, batch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackAT(_Adversarial):
+class AttackAT(Objective):
     """E[CE(f(x_w), y)]: adversarial training with the distributional attack **(ours)**."""
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x_w = context.distributional()
-        return {"distributional": Term(self._loss(network(x_w), batch))}
+        return {"distributional": Term(self.cross_entropy(network(x_w), batch))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +269,14 @@ class Combined(_Pointwise):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDAT(_Adversarial, _Pointwise):
+class PGDAT(_Pointwise):
     """E[CE(f(x_p), y)] (Madry et al. 2018)."""
 
     pointwise_attack: Attack = field(default_factory=lambda: PGD(loss="ce", steps=10, step_size=0.25))
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x_p = self._moved(context, with_logits=False)
-        return {"pointwise": Term(self._loss(network(x_p), batch))}
+        return {"pointwise": Term(self.cross_entropy(network(x_p), batch))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +284,8 @@ class MART(_Pointwise):
     """E[BCE(f(x_p), y)] + β_p E[(1 − p_y(x)) KL(f(x) ‖ f(x_p))] (Wang et al. 2020, ICLR).
 
     BCE = −log p_y − log(1 − max_{k≠y} p_k), p the softmax; x_p by PGD on cross-entropy. Images that the network doesn't
-    know yet count more. In the log `boosted` is the first term and `pointwise` the second.
+    know yet count more. With `gce_q` both logarithms log u become −(1 − u^q)/q **(ours)**. In the log `boosted` is the
+    first term and `pointwise` the second.
 
     Attributes:
         beta_p: β_p, factor of the second term; 5 in the paper, 6 in its code.
@@ -314,7 +300,7 @@ class MART(_Pointwise):
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         moved = network(self._moved(context, with_logits=bool(self.beta_p)))
-        boosted = of_labels(batch, lambda y: boosted_cross_entropy(moved, y))
+        boosted = of_labels(batch, lambda y: bounded(boosted_cross_entropy(moved, y), self.gce_q))
         terms = {"boosted": Term(self.cross_entropy(moved, batch) + boosted)}
         if self.beta_p:
             log_clean = log_probabilities(context.logits())

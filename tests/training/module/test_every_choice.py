@@ -83,7 +83,8 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
     )
     watch = Watch(module)
     fit(module, data, 2, callbacks=[watch])
-    names = {"loss"} if objective in ("pgd_at", "attack_at", "mart") else {"loss", "loss_clean"}
+    names = {"loss"} if objective in ("pgd_at", "attack_at", "mart", "dual_ascent") else {"loss", "loss_clean"}
+    names |= {"loss_distances", "loss_misclassified"} if objective == "dual_ascent" else set()
     names |= {"loss_boosted"} if objective == "mart" else set()
     names |= {"loss_pointwise"} if objective in ("trades", "combined", "pgd_at", "mart") else set()
     names |= {"loss_distributional"} if objective in ("wdat", "combined", "attack_at") else set()
@@ -94,7 +95,8 @@ def test_every_choice_trains(data, chosen, attack, objective, estimator):
     for old, new in zip(before.parameters(), network.parameters(), strict=True):
         assert not torch.equal(old, new)
         assert new.isfinite().all()
-    assert watch.untouched == ([True, True] if "loss_distributional" in names else [])
+    attacked = {"loss_distributional", "loss_distances"} & names
+    assert watch.untouched == ([True, True] if attacked else [])
 
 
 @pytest.mark.parametrize("threat", ["winf_linf", "w2_l2", "winf_l2"])
@@ -153,6 +155,7 @@ PASSES = {  # of the network in one step: at the clean images, inner steps, at t
     "attack_at": INNER + 1,
     "pgd_at": INNER + 1,
     "mart": INNER + 2,
+    "dual_ascent": INNER + 5 + 1,  # five of them forward only
     "combined": INNER + 1 + INNER + 1,
 }
 
