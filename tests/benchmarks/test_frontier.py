@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sweeps import grids
 from wdat.threat import parse_budget
 
 ROOT = Path(__file__).parents[2]
+RATES = {"fast": 2.5, "slow": 0.4, "slower": 0.15}
 STUDY = frontier.study_of("cnn_a", Path("out"), Path("FILE.npz"))
 
 
@@ -27,7 +29,7 @@ def test_every_arm_composes_and_costs_what_the_others_cost(arm):
     assert objective.gce_q == {"gce_3": 0.3, "gce_8": 0.8, "gce8_sr": 0.8}.get(
         arm.split("-")[0], 0.5 if "gce" in arm else 0
     )
-    assert cfg.optimizer.lr == pytest.approx(0.005 * (2.5 if arm.startswith("fast") else 1))
+    assert cfg.optimizer.lr == pytest.approx(0.005 * RATES.get(re.split("[_-]", arm)[0], 1))
     assert (cfg.data.limit_train, cfg.data.val_size) == (frontier.IMAGES, frontier.VALIDATION)
     pointwise = getattr(objective, "pointwise_delta", None)
     reach = parse_budget(pointwise) if pointwise else instantiate(cfg.threat).delta
@@ -37,4 +39,4 @@ def test_every_arm_composes_and_costs_what_the_others_cost(arm):
 def test_the_evaluation_serves_every_order():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("evaluate", frontier.evaluation(STUDY, "pgd_at-1.5", 1)[1:])
-    assert (cfg.threat.p, list(cfg.deltas), cfg.split, cfg.save_distances) == (1, ["2/255", "4/255"], "val", True)
+    assert (cfg.threat.p, list(cfg.deltas), cfg.split, cfg.save_distances) == (1, ["2/255", "4/255"], "test", True)
