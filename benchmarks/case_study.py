@@ -2,10 +2,11 @@
 
     python -m benchmarks.case_study --network resnet2b --arms as_found pgd_at critical_draw --seeds 0 1 2
     python -m benchmarks.case_study --network resnet2b --arms critical_draw --seeds 0 --list  # the commands alone
-    python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch, equal cost
+    python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch
     python -m benchmarks.case_study --network preact_resnet18 --arms as_found pgd_at critical_draw  # for a GPU
 
-Each row is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
+Every arm costs the same number of forward and backward passes of an image, unless `--epochs` says otherwise. Each row
+is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
 first. What is finished is left alone, and what was stopped goes on, so the same command may be given again.
 `python -m benchmarks.case_table` makes the tables.
 """
@@ -27,6 +28,7 @@ from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import read
 
+PASSES = 180  # whole epochs of arms of 4, 5 and 9 passes
 EVALUATIONS = ("val", "test_jpeg", "test_original")
 
 
@@ -49,7 +51,7 @@ class Study:
         out: Folder of all rows.
         data: npz of the images to train on.
         epochs: Of training.
-        passes: Instead, what training costs in epochs of plain training.
+        passes: Instead, what training costs in epochs of plain training, the same for every arm.
         scratch: Whether weights are drawn by the seed.
         more: Further settings of `train.py`.
         autoattack: Whether to run it on the unaltered test images.
@@ -81,8 +83,19 @@ class Study:
         return self._train(0, *NETWORKS[self.network].first, f"hydra.run.dir={place}")
 
     def training(self, arm: str, seed: int) -> list[str]:
-        """The command that trains a row."""
-        epochs = round(self.passes / self.arms[arm].passes) if self.passes else self.epochs
+        """The command that trains a row.
+
+        Raises:
+            SettingError: If the passes aren't whole epochs of it.
+        """
+        each, epochs = self.arms[arm].passes, self.epochs
+        if self.passes:
+            epochs, left = divmod(self.passes, each)
+            if left:
+                raise SettingError(
+                    f"--passes={self.passes} isn't a whole number of epochs of {arm}, which costs {each} passes an "
+                    f"epoch: take {max(epochs, 1) * each}, or {PASSES} for all arms"
+                )
         start = [rate(SCRATCH_RATE)]
         if not self.scratch:
             start = [f"model.checkpoint={self.weights()}", rate(NETWORKS[self.network].rate)]
@@ -165,10 +178,10 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="resnet2b")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument(
-        "--passes", type=int, metavar="N", help="instead of --epochs, those that cost N epochs of plain training"
-    )
+    length = parser.add_mutually_exclusive_group()
+    help_passes = f"cost of every arm, in epochs of plain training; {PASSES} are 45 epochs of PGD-AT"
+    length.add_argument("--passes", type=int, default=PASSES, metavar="N", help=help_passes)
+    length.add_argument("--epochs", type=int, metavar="N", help="instead, so many of every arm, whatever they cost")
     parser.add_argument("--scratch", action="store_true", help="start at weights drawn by the seed")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
     parser.add_argument("--out", type=Path, default=Path("outputs/case_study"))
@@ -179,8 +192,18 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = Study(
-        args.network, args.out, args.data, args.epochs, args.passes, args.scratch, tuple(args.set), args.autoattack
+        args.network,
+        args.out,
+        args.data,
+        args.epochs or 0,
+        None if args.epochs else args.passes,
+        args.scratch,
+        tuple(args.set),
+        args.autoattack,
     )
+    for arm in args.arms:
+        if ARMS[arm].settings:
+            study.training(arm, 0)  # refused before any work
     rows = [(arm, seed) for arm in args.arms for seed in (args.seeds if ARMS[arm].settings else args.seeds[:1])]
     made_first = bool(NETWORKS[args.network].first) and not args.scratch
     if args.list:
