@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,34 +149,35 @@ def study_of(network: str, out: Path, data: Path, images: int = IMAGES, more: tu
     return Study(network, out, data, passes=PASSES, more=settings, arms=ARMS)
 
 
-def evaluation(study: Study, arm: str, seed: int) -> list[str]:
-    """The command that measures an arm, on test images that are the same for all seeds and that choose nothing.
+def evaluation(study: Study, arm: str, seed: int, split: str = "test") -> list[str]:
+    """The command that measures an arm: on test images, the same for all seeds, or on those that were left out.
 
     W_1 at 2 δ pays for larger distances than W_2 and W_4 do, so that its search serves them all.
     """
     delta, place = NETWORKS[study.network].delta, study.place(arm, seed)
+    images = {"test": (f"data.limit_test={TESTED}", "seed=0"), "val": (f"data.val_size={VALIDATION}", f"seed={seed}")}
     return [
         "evaluate.py", f"model={study.network}", f"model.checkpoint={place / 'train/checkpoints/last.ckpt'}",
-        "data=npz", f"data.path={study.data}", f"data.limit_test={TESTED}", "seed=0", "split=test",
+        "data=npz", f"data.path={study.data}", *images[split], f"split={split}",
         "attacks=[knapsack]", "attack_options.knapsack.effort=quick", "losses=[ce]", "save_distances=true",
         "threat.p=1", f"threat.delta={delta}/255", f"deltas=[{delta}/255,{2 * delta}/255]",
-        f"hydra.run.dir={place / 'test'}",
+        f"hydra.run.dir={place / split}",
     ]  # fmt: skip
 
 
-def row(study: Study, arm: str, seed: int) -> None:
+def row(study: Study, arm: str, seed: int, splits: Sequence[str]) -> None:
     """Train and measure an arm unless that is done; its cost is kept beside it."""
     place, started = study.place(arm, seed), time.monotonic()
     train(study.training(arm, seed), place / "train")
-    trained = time.monotonic()
-    evaluate(evaluation(study, arm, seed), place / "test")
     about = {
         "network": study.network, "arm": arm, "says": ARMS[arm].says, "seed": seed, "settings": ARMS[arm].settings,
-        "passes_an_epoch": ARMS[arm].passes, "epochs": round(PASSES / ARMS[arm].passes),
-        "seconds": {"train": trained - started, "evaluate": time.monotonic() - trained},
+        "passes_an_epoch": ARMS[arm].passes, "epochs": PASSES // ARMS[arm].passes,
+        "seconds": time.monotonic() - started,
     }  # fmt: skip
     if not (place / "arm.json").exists():
         (place / "arm.json").write_text(json.dumps(about, indent=1) + "\n")
+    for split in splits:
+        evaluate(evaluation(study, arm, seed, split), place / split)
 
 
 def main() -> None:
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--images", type=int, default=IMAGES, help="to train on, drawn by class from the seed")
+    parser.add_argument("--splits", nargs="+", choices=["test", "val"], default=["test"], help="to measure on")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of train.py")
@@ -197,12 +200,12 @@ def main() -> None:
             study = study_of(network, args.out, args.data, args.images, tuple(args.set))
             for arm in args.arms:
                 if args.list:
-                    for command in (study.training(arm, seed), evaluation(study, arm, seed)):
+                    for command in (study.training(arm, seed), *(evaluation(study, arm, seed, s) for s in args.splits)):
                         print(" ".join(f"'{c}'" if "[" in c else c for c in command))
                     continue
                 CONSOLE.print(f"{network}, {arm}, seed {seed}", markup=False)
                 try:
-                    row(study, arm, seed)
+                    row(study, arm, seed, args.splits)
                 except SettingError as error:  # of this arm; it is tried again with the next call
                     failed.append(str(error))
     if failed:

@@ -126,6 +126,19 @@ def compared(arm: str, seeds: Mapping[int, Mapping[str, Floats]], delta: float) 
     }
 
 
+def stored(place: Path) -> Floats | None:
+    """Distances (N,) of one evaluation, in pixel units; None where it isn't finished."""
+    if not (place / "distances_linf.npz").exists():
+        return None
+    with np.load(place / "distances_linf.npz", allow_pickle=False) as file:
+        return np.asarray(file["distances"], dtype=np.float64)
+
+
+def rounded(measures: dict[str, float]) -> dict[str, float]:
+    """To what a record keeps."""
+    return {key: round(value, 3) for key, value in measures.items()}
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     """One row a network and arm that has been finished.
 
@@ -136,14 +149,16 @@ def rows(out: Path) -> list[dict[str, Any]]:
     for network in NETWORKS:
         delta = NETWORKS[network].delta / 255
         distances: dict[int, dict[str, Floats]] = {}
+        seen: dict[str, dict[int, dict[str, float]]] = {}
         about: dict[str, dict[str, Any]] = {}
         for arm in ARMS:
             for place in sorted((out / network / arm).glob("seed*")):
-                file = place / "test/distances_linf.npz"
-                if file.exists() and (place / "arm.json").exists():
-                    with np.load(file, allow_pickle=False) as stored:
-                        distances.setdefault(int(place.name[4:]), {})[arm] = stored["distances"].astype(np.float64)
+                tested, left_out = (stored(place / split) for split in ("test", "val"))
+                if tested is not None and (place / "arm.json").exists():
+                    distances.setdefault(int(place.name[4:]), {})[arm] = tested
                     about[arm] = json.loads((place / "arm.json").read_text())
+                    if left_out is not None:
+                        seen.setdefault(arm, {})[int(place.name[4:])] = rounded(measured(left_out, delta))
         for arm, facts in about.items():
             each = {s: measured(arms[arm], delta) for s, arms in distances.items() if arm in arms}
             method, strength = arm.rsplit("-", 1)
@@ -153,7 +168,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
                 "passes_an_epoch": facts["passes_an_epoch"], "epochs": facts["epochs"], "seeds": sorted(each),
                 "n": len(next(iter(distances[min(each)].values()))),
                 "mean": {k: float(np.mean([m[k] for m in each.values()])) for k in TITLES},
-                "by_seed": {s: {k: round(v, 3) for k, v in m.items()} for s, m in sorted(each.items())},
+                "by_seed": {s: rounded(m) for s, m in sorted(each.items())}, "validation": seen.get(arm),
                 "gain": compared(arm, distances, delta),
             })  # fmt: skip
     if not found:

@@ -363,7 +363,7 @@ def crossing(margins: Tensor) -> tuple[Tensor, Tensor]:
         margins: (G + 1, B), at G + 1 points of [0, 1], equally spaced.
 
     Returns:
-        The place t in [0, 1], (B,): 0 where it is positive from the start and 1 where it nowhere is; and the slope of
+        The share t in [0, 1], (B,): 0 where it is positive from the start and 1 where it nowhere is; and the slope of
         the margin there, (B,), at least 0.5: inf where it nowhere is positive.
     """
     g = len(margins) - 1
