@@ -25,8 +25,9 @@ class Network:
     settings: tuple[str, ...] = ()
 
     def at(self, setting: str) -> str:
-        """A setting with multiples of δ, as 2δ, written out."""
-        return re.sub(r"(\d)δ", lambda found: f"{int(found[1]) * self.delta}/255", setting)
+        """A setting with multiples of δ, as 2δ, or of the rate, as 2η, written out."""
+        rates = re.sub(r"([\d.]+)η", lambda found: f"{float(found[1]) * self.rate:g}", setting)
+        return re.sub(r"([\d.]+)δ", lambda found: f"{float(found[1]) * self.delta:g}/255", rates)
 
 
 NETWORKS = {
@@ -39,6 +40,10 @@ NETWORKS = {
     ),
 }  # fmt: skip
 SCRATCH_RATE = 0.1  # the best of 0.02, 0.05 and 0.1 for TRADES in four epochs, on validation images
+
+
+AWP = "weight_perturbation=awp"
+ASCENT = "objective=dual_ascent"
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,13 @@ class Arm:
         """What an epoch costs in epochs of plain training (each image once forward and once backward).
 
         One for every inner step, and one for every set of images in the objective: the images as they are, unless CE
-        at perturbed images is all, and those of each inner attack.
+        at perturbed images is all, and those of each inner attack. AWP passes each set twice. The grid of
+        the dual's ascent, five forward passes, counts as two.
         """
         steps = [int(s.split(".steps=")[1]) for s in self.settings if ".steps=" in s]
-        return sum(steps) + len(steps) + all(not s.endswith(".loss=ce") for s in self.settings)
+        as_they_are = "objective=mart" in self.settings or all(not s.endswith(".loss=ce") for s in self.settings)
+        grid = 2 * (ASCENT in self.settings)
+        return sum(steps) + (len(steps) + as_they_are) * (1 + (AWP in self.settings)) + grid
 
 
 def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
@@ -69,9 +77,10 @@ def _inner(attack: str, loss: str, steps: int = 3) -> tuple[str, ...]:
     return f"{attack}.loss={loss}", f"{attack}.steps={steps}", f"{attack}.step_size={2.5 / steps:.3f}"
 
 
-def pgd_at(delta: str) -> tuple[str, ...]:
+def pgd_at(delta: str, steps: int = 3) -> tuple[str, ...]:
     """CE at PGD's images, every image with one radius."""
-    return "objective=pgd_at", f"objective.pointwise_delta={delta}", *_inner("objective.pointwise_attack", "ce")
+    inner = _inner("objective.pointwise_attack", "ce", steps)
+    return "objective=pgd_at", f"objective.pointwise_delta={delta}", *inner
 
 
 def trades(delta: str, beta: float = 6) -> tuple[str, ...]:
@@ -83,6 +92,17 @@ def trades(delta: str, beta: float = 6) -> tuple[str, ...]:
 def at_attack(attack: str, *more: str) -> tuple[str, ...]:
     """CE at the images of a training attack, as PGD-AT has it."""
     return f"attack={attack}", "objective=attack_at", *_inner("attack", "ce"), *more
+
+
+def dual_ascent(delta: str, beta: float = 1) -> tuple[str, ...]:
+    """The dual on the distances themselves."""
+    return (
+        ASCENT,
+        f"objective.beta_clean={beta:g}",
+        "attack=critical",
+        *_inner("attack", "ce", 2),
+        f"threat.delta={delta}",
+    )
 
 
 def wdat(attack: str, *more: str) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.case_study --network resnet2b --arms as_found pgd_at critical_draw --seeds 0 1 2
     python -m benchmarks.case_study --network resnet2b --arms critical_draw --seeds 0 --list  # the commands alone
-    python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch, equal cost
+    python -m benchmarks.case_study --scratch --passes 45 --arms trades wdat_ce combined  # from scratch
     python -m benchmarks.case_study --network preact_resnet18 --arms as_found pgd_at critical_draw  # for a GPU
 
-Each row is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
+Every arm costs the same number of forward and backward passes of an image, unless `--epochs` says otherwise. Each row
+is `train.py` and then `evaluate.py`, in a folder of its own; a network without public weights is trained
 first. What is finished is left alone, and what was stopped goes on, so the same command may be given again.
 `python -m benchmarks.case_table` makes the tables.
 """
@@ -17,15 +18,17 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, rate
+from benchmarks.case_arms import ARMS, FINE_TUNING, NETWORKS, SCRATCH_RATE, Arm, rate
 from benchmarks.common import CONSOLE, SHARED
 from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import read
 
+PASSES = 180  # whole epochs of arms of 4, 5 and 9 passes
 EVALUATIONS = ("val", "test_jpeg", "test_original")
 
 
@@ -48,10 +51,11 @@ class Study:
         out: Folder of all rows.
         data: npz of the images to train on.
         epochs: Of training.
-        passes: Instead, what training costs in epochs of plain training.
+        passes: Instead, what training costs in epochs of plain training, the same for every arm.
         scratch: Whether weights are drawn by the seed.
         more: Further settings of `train.py`.
         autoattack: Whether to run it on the unaltered test images.
+        arms: Ways to train, by name.
     """
 
     network: str
@@ -62,10 +66,11 @@ class Study:
     scratch: bool = False
     more: tuple[str, ...] = ()
     autoattack: bool = False
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
 
     def place(self, arm: str, seed: int) -> Path:
         """Where a row is kept."""
-        return self.out / self.network / arm / (f"seed{seed}" if ARMS[arm].settings else "")
+        return self.out / self.network / arm / (f"seed{seed}" if self.arms[arm].settings else "")
 
     def weights(self) -> Path:
         """The weights that fine-tuning starts with."""
@@ -78,13 +83,24 @@ class Study:
         return self._train(0, *NETWORKS[self.network].first, f"hydra.run.dir={place}")
 
     def training(self, arm: str, seed: int) -> list[str]:
-        """The command that trains a row."""
-        epochs = round(self.passes / ARMS[arm].passes) if self.passes else self.epochs
+        """The command that trains a row.
+
+        Raises:
+            SettingError: If the passes aren't whole epochs of it.
+        """
+        each, epochs = self.arms[arm].passes, self.epochs
+        if self.passes:
+            epochs, left = divmod(self.passes, each)
+            if left:
+                raise SettingError(
+                    f"--passes={self.passes} isn't a whole number of epochs of {arm}, which costs {each} passes an "
+                    f"epoch: take {max(epochs, 1) * each}, or {PASSES} for all arms"
+                )
         start = [rate(SCRATCH_RATE)]
         if not self.scratch:
             start = [f"model.checkpoint={self.weights()}", rate(NETWORKS[self.network].rate)]
         return self._train(
-            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *ARMS[arm].settings,
+            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *self.arms[arm].settings,
             f"hydra.run.dir={self.place(arm, seed) / 'train'}",
         )  # fmt: skip
 
@@ -96,7 +112,7 @@ class Study:
     def evaluations(self, arm: str, seed: int) -> dict[str, list[str]]:
         """The commands that evaluate a row, by the name of their folder."""
         found, place = NETWORKS[self.network], self.place(arm, seed)
-        weights = place / "train/checkpoints/last.ckpt" if ARMS[arm].settings else self.weights()
+        weights = place / "train/checkpoints/last.ckpt" if self.arms[arm].settings else self.weights()
         common = [
             "evaluate.py", f"model={self.network}", f"model.checkpoint={weights}", "data=npz",
             f"threat.delta={found.delta}/255", "save_distances=true",
@@ -162,10 +178,10 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="resnet2b")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument(
-        "--passes", type=int, metavar="N", help="instead of --epochs, those that cost N epochs of plain training"
-    )
+    length = parser.add_mutually_exclusive_group()
+    help_passes = f"cost of every arm, in epochs of plain training; {PASSES} are 45 epochs of PGD-AT"
+    length.add_argument("--passes", type=int, default=PASSES, metavar="N", help=help_passes)
+    length.add_argument("--epochs", type=int, metavar="N", help="instead, so many of every arm, whatever they cost")
     parser.add_argument("--scratch", action="store_true", help="start at weights drawn by the seed")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
     parser.add_argument("--out", type=Path, default=Path("outputs/case_study"))
@@ -176,8 +192,18 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     study = Study(
-        args.network, args.out, args.data, args.epochs, args.passes, args.scratch, tuple(args.set), args.autoattack
+        args.network,
+        args.out,
+        args.data,
+        args.epochs or 0,
+        None if args.epochs else args.passes,
+        args.scratch,
+        tuple(args.set),
+        args.autoattack,
     )
+    for arm in args.arms:
+        if ARMS[arm].settings:
+            study.training(arm, 0)  # refused before any work
     rows = [(arm, seed) for arm in args.arms for seed in (args.seeds if ARMS[arm].settings else args.seeds[:1])]
     made_first = bool(NETWORKS[args.network].first) and not args.scratch
     if args.list:

@@ -25,8 +25,8 @@ SEED = 11
 DELTA = 8 / 255
 EVERYONE = ThreatModel(math.inf, "linf", DELTA)
 SHARED = ThreatModel(2, "linf", DELTA)
-ATTACKS = ["wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm"]
-OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "attack_at", "clean"]
+ATTACKS = ["wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "wrm", "udr"]
+OBJECTIVES = ["wdat", "trades", "combined", "pgd_at", "mart", "attack_at", "dual_ascent", "clean"]
 ESTIMATORS = ["table", "subsample", "exact", "batch", "ema"]
 
 
@@ -108,6 +108,18 @@ class Outputs(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.seen.append(outputs)
+
+
+class Stop(L.Callback):
+    """Stops a run after so many steps, as a kill would, with a checkpoint."""
+
+    def __init__(self, steps, path):
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
 
 
 def distributional(name="wpgd_budget", inner=4):

@@ -19,8 +19,9 @@ from wdat.attacks import PGD, WPGD, Knapsack
 from wdat.cli.build import build
 from wdat.cli.train import evaluation_of, optimizer_of
 from wdat.data import ImageDataModule
+from wdat.errors import SettingError
 from wdat.models import LOCAL, zoo
-from wdat.objectives import PGDAT, TRADES, WDAT, AttackAT, Clean, Combined
+from wdat.objectives import MART, PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, DualAscent
 from wdat.records import Facts, RecordFile
 from wdat.threat import ThreatModel
 from wdat.training.callbacks import AttackLog, BestCheckpoint, GracefulStop, LastCheckpoint, StepCost
@@ -38,8 +39,10 @@ CONTRACT = {
     ),
     "data": ("cifar10 cifar100 imagenet folder npz digits", ""),
     "threat": ("w2_linf winf_linf w2_l2 winf_l2", ""),
-    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical", "critical_draw"),
-    "objective": ("wdat trades combined pgd_at clean", "attack_at"),
+    "attack": ("wpgd_budget wpgd wfgsm pgd fgsm knapsack_budget critical wrm udr", "critical_draw"),
+    "objective": ("wdat trades combined pgd_at mart clean", "attack_at dual_ascent"),
+    "reweighting": ("none kl", ""),
+    "weight_perturbation": ("none awp", ""),
     "sensitivity": ("table subsample exact batch ema", ""),
     "finetune": ("all head", "reset_head perturb"),
     "optimizer": ("sgd adamw", ""),
@@ -169,8 +172,9 @@ def test_threats(composed, choice):
 def test_attacks_serve_in_training(composed, choice, norm):
     attack = instantiate(composed(f"attack={choice}", f"threat=w2_{norm}").attack)
     assert attack.name == choice
-    assert attack.threat_of(ThreatModel(2, norm, 0.1)).is_pointwise == (choice in ("fgsm", "pgd"))
-    assert (attack.loss, attack.radii_loss) == ("kl", "margin" if attack.by_distance else "ce")
+    assert attack.threat_of(ThreatModel(2, norm, 0.1)).is_pointwise == (choice in ("fgsm", "pgd", "udr"))
+    assert attack.loss == ("ce" if choice in ("wrm", "udr") else "kl")
+    assert attack.radii_loss == ("margin" if attack.by_distance else "ce")
     if choice in ("wpgd_budget", "wfgsm"):
         assert attack.radius_max == 4
     if choice in ("fgsm", "wfgsm"):
@@ -188,6 +192,8 @@ def test_objectives(composed, choice):
         "combined": Combined(beta_p=3, beta_w=3, pointwise_attack=kl),
         "pgd_at": PGDAT(pointwise_attack=ce),
         "attack_at": AttackAT(),
+        "mart": MART(beta_p=5, pointwise_attack=ce),
+        "dual_ascent": DualAscent(order=2),
         "clean": Clean(),
     }
     assert objective == wanted[choice] == type(objective)(), "a class and its file have the same defaults"
@@ -356,7 +362,12 @@ def test_an_experiment_goes_with_every_other_choice(composed, experiment, turn):
     """An experiment's own settings must not reach into a choice that doesn't know them, one of each group."""
     position = 3 * turn + choices("experiment").index(experiment)  # over all experiments, every choice has its turn
     others = [f"{group}={choices(group)[position % len(choices(group))]}" for group in GROUPS]
-    built(composed(f"experiment={experiment}", *LOCALLY, *others))
+    config = composed(f"experiment={experiment}", *LOCALLY, *others)
+    if "objective=dual_ascent" in others and math.isinf(float(config.threat.p)):
+        with pytest.raises(SettingError, match=r"threat\.p finite"):
+            built(config)
+    else:
+        built(config)
 
 
 def test_the_quickstart_needs_nothing_from_elsewhere(composed):

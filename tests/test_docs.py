@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import wdat
 from wdat.attacks import ATTACKS
 from wdat.data import digits
+from wdat.data.batch import Batch
 from wdat.evaluation import details
 from wdat.losses import LOSSES
 from wdat.models import LOCAL, load_network, zoo
@@ -334,7 +335,7 @@ def test_extending(followed, command):
     assert attacked == {"none", "pgd", *(("momentum",) if own_attacks else usual)}
     if run.script == "train.py":
         assert (run.calls["momentum"] > 0) == ("attack=momentum" in command or run.resumed)
-        assert (run.calls["mart"] > 0) == ("objective=mart" in command or run.resumed)
+        assert (run.calls["mart"] > 0) == ("objective=mart_w" in command or run.resumed)
         assert (run.config.attack._target_ == "my.momentum.Momentum") == ("attack=momentum" in command or run.resumed)
         assert {r.epoch for r in run.records if r.stage == "epoch"} == ({1, 2} if run.resumed else {1})
 
@@ -380,7 +381,7 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     boosted = (-true.log() - (1.0001 - q_others.max(1).values).log()).mean()
     weighted = ((p * (p / q).log()).sum(1) * (1 - p[rows, problem.y])).mean()
     context = SimpleNamespace(logits=lambda: problem.network(problem.x), distributional=lambda with_logits: x_w)
-    batch = SimpleNamespace(x=problem.x, y=problem.y, synthetic=None)
+    batch = Batch(problem.x, problem.y, rows, rows, len(rows), 0)
     terms = importlib.import_module("my.mart").MART(beta=5.0)(problem.network, batch, context)
     torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
 

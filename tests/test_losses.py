@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 from sklearn.metrics import log_loss
 from torch.testing import assert_close
 
 from wdat.errors import SettingError
 from wdat.losses import (
     LOSSES,
+    boosted_cross_entropy,
     cross_entropy,
     dlr,
+    generalised_cross_entropy,
     get_label_loss,
     get_loss,
     kl_divergence,
@@ -51,6 +55,43 @@ def test_cross_entropy_averages_to_sklearns():
     z, y = rng.normal(size=(20, 5)), rng.integers(0, 5, 20)
     mean = cross_entropy(torch.from_numpy(z), torch.from_numpy(y)).mean()
     assert float(mean) == pytest.approx(log_loss(y, softmax(z, axis=1), labels=range(5)))
+
+
+@given(logits, labels, st.floats(0.01, 1))
+def test_generalised_cross_entropy_and_its_gradient(z, y, q):
+    """(1 − p^q)/q; its gradient is p^q times that of cross-entropy."""
+    scores, target = torch.from_numpy(z).requires_grad_(True), torch.from_numpy(y)
+    p = softmax(z, axis=1)[np.arange(4), y]
+    value = generalised_cross_entropy(scores, target, q)
+    assert_close(value.detach().numpy(), (1 - p**q) / q, rtol=1e-9, atol=1e-12)
+    (ours,) = torch.autograd.grad(value.sum(), scores)
+    (plain,) = torch.autograd.grad(cross_entropy(scores, target).sum(), scores)
+    assert_close(ours.numpy(), (p**q)[:, None] * plain.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_generalised_cross_entropy_ends_in_cross_entropy_and_in_the_probability_of_an_error():
+    z, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    assert torch.equal(generalised_cross_entropy(z, y, 0), cross_entropy(z, y))
+    assert_close(generalised_cross_entropy(z, y, 1e-6), cross_entropy(z, y), rtol=1e-5, atol=1e-6)
+    assert_close(generalised_cross_entropy(z, y, 1.0), 1 - z.softmax(1).gather(1, y[:, None]).squeeze(1))
+    assert_close(generalised_cross_entropy(1e4 * z, y, 0.5).max(), torch.tensor(2.0))
+
+
+@given(logits, labels)
+def test_boosted_cross_entropy(z, y):
+    """Against sums in logarithms over all classes but the strongest wrong one."""
+    value = boosted_cross_entropy(torch.from_numpy(z), torch.from_numpy(y)).numpy()
+    for row, label, found in zip(z, y, value, strict=True):
+        wrong = max((k for k in range(5) if k != label), key=lambda k: row[k])
+        assert found == pytest.approx(logsumexp(row) - logsumexp(np.delete(row, wrong)), rel=1e-9, abs=1e-9)
+
+
+def test_boosted_cross_entropy_of_a_certain_error_is_finite_with_its_gradient():
+    z = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    value = boosted_cross_entropy(z, torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert_close(value, torch.tensor([200 - math.log(2)]))
+    assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
 
 
 @given(logits, labels)

@@ -37,6 +37,9 @@ class Processes:
         """Sum of each value over the processes, in float64."""
         return list(values)
 
+    def add(self, values: Tensor) -> None:
+        """Sum of a tensor over the processes, in place and in its own precision."""
+
     def max(self, value: float) -> float:
         """Largest of the processes' values."""
         return value
@@ -97,6 +100,10 @@ class TorchProcesses(Processes):
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def add(self, values: Tensor) -> None:
+        with distributed_errors():
+            dist.all_reduce(values)
 
     def max(self, value: float) -> float:
         return self._reduce([value], dist.ReduceOp.MAX)[0]

@@ -1,7 +1,8 @@
 """Per-sample losses: logits (N, K) and a target to values (N,), larger where the network does worse.
 
 Every loss is computed in float32 at least. The target is the labels (N,), or for `kl` the clean log-probabilities
-(N, K). Sources: CE and DLR, Croce & Hein 2020; ReDLR [B] arXiv 2306.09844; KL, TRADES (Zhang et al. 2019).
+(N, K). Sources: CE and DLR, Croce & Hein 2020; ReDLR [B] arXiv 2306.09844; KL, TRADES (Zhang et al. 2019);
+generalised cross-entropy, Zhang & Sabuncu 2018; boosted cross-entropy, MART (Wang et al. 2020).
 """
 
 from __future__ import annotations
@@ -52,6 +53,25 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_precise(logits), labels, reduction="none")
 
 
+def generalised_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tensor:
+    """Generalised cross-entropy (1 − p_y^q)/q, p = softmax(z) (Zhang & Sabuncu 2018, arXiv 1805.07836); → (N,).
+
+    Between cross-entropy, its limit q → 0, and 1 − p_y at q = 1. It is at most 1/q, and its gradient is p_y^q times
+    that of cross-entropy, so that images far beyond the decision boundary hardly count.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        q: In [0, 1]; not the conjugate order.
+    """
+    return bounded(cross_entropy(logits, labels), q)
+
+
+def bounded(values: Tensor, q: float) -> Tensor:
+    """(1 − u^q)/q of values −log u, which they are in the limit q → 0; (N,) → (N,)."""
+    return torch.expm1(-q * values) / -q if q else values
+
+
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | float) -> Tensor:
     """Cross-entropy to smoothed labels, (1 − ε) CE + ε mean_k(−log p_k); (N, K), (N,), ε (N,) or a number → (N,).
 
@@ -60,6 +80,16 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor | f
     log_p = log_probabilities(logits)
     true = log_p.gather(1, labels[:, None]).squeeze(1)
     return -(1 - smoothing) * true - smoothing * log_p.mean(1)
+
+
+def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log(1 − max_{k≠y} p_k): what MART (Wang et al. 2020) adds to the cross-entropy; (N, K), (N,) → (N,).
+
+    It pushes the strongest wrong class down, which cross-entropy does only through the sum of all.
+    """
+    log_p = log_probabilities(logits)
+    strongest = log_p.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    return -log_p.scatter(1, strongest[:, None], -torch.inf).logsumexp(1)  # of all others: exact where p is near 1
 
 
 def _true_and_best_other(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

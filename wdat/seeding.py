@@ -15,7 +15,7 @@ from torch import Tensor
 
 PURPOSES = (
     "split", "order", "augment", "noise", "subsample", "init", "pass", "dropout", "search", "radii", "pool", "strata",
-    "smoothing", "limit", "test",
+    "smoothing", "limit", "test", "augment partners", "augment patches", "pass partners", "pass patches",
 )  # fmt: skip
 
 

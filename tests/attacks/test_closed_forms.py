@@ -83,7 +83,7 @@ def test_the_first_order_estimate_holds_as_the_budget_shrinks(problem):
     assert (result.loss_mean - clean.loss_mean) / 1e-6 == pytest.approx(clean.upsilon, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [n for n, a in ATTACKS.items() if not a.by_distance])
+@pytest.mark.parametrize("name", [n for n, a in ATTACKS.items() if not a.for_training])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_no_budget_leaves_the_clean_accuracy(problem, name, norm):
     network, x, y = problem()

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from benchmarks import case_table
 from benchmarks.case_arms import ARMS
-from benchmarks.case_study import Study
+from benchmarks.case_study import PASSES, Study
 from sweeps import grids
 from wdat.attacks.knapsack_allocation import solve
 from wdat.errors import SettingError
@@ -76,6 +76,17 @@ def test_at_equal_cost_arms_have_fewer_epochs_from_scratch():
     trained = {arm: grids.composed(study.training(arm, 0)[1:]) for arm in ("trades", "combined")}
     assert {arm: cfg.trainer.max_epochs for arm, cfg in trained.items()} == {"trades": 9, "combined": 5}
     assert all(cfg.model.checkpoint is None for cfg in trained.values())
+
+
+@pytest.mark.parametrize("arm", TRAINED)
+def test_every_arm_costs_the_same(arm):
+    study = Study("resnet2b", Path("out"), Path("FILE.npz"), passes=PASSES)
+    assert grids.composed(study.training(arm, 0)[1:]).trainer.max_epochs * ARMS[arm].passes == PASSES
+
+
+def test_passes_that_are_not_whole_epochs_are_refused():
+    with pytest.raises(SettingError, match=r"--passes=80 .* combined, which costs 9 .* take 72, or 180"):
+        Study("resnet2b", Path("out"), Path("FILE.npz"), passes=80).training("combined", 0)
 
 
 def test_a_network_without_public_weights_is_trained_first_at_its_own_budget():

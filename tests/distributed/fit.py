@@ -79,6 +79,8 @@ def fitted(work: dict[str, Any], case: dict[str, Any], world: int) -> dict[str, 
         keep_eval=evaluated if case.get("norm") else models.keep_frozen_in_eval,
         seed=cfg.seed,
         notify=lambda text: None,
+        reweighting=instantiate(cfg.reweighting),
+        weight_perturbation=instantiate(cfg.weight_perturbation),
     )
     few = {"steps": 3, "step_size": 0.5}
     threat, attacks = instantiate(cfg.threat), [build("pgd", **few), build("wpgd", loss="ce", **few)]

@@ -30,12 +30,21 @@ CASES = {
     "wpgd ema": {"overrides": ["attack=wpgd", "sensitivity=ema", "attack.steps=3", "threat.delta=0.05"]},
     "trades": {"overrides": ["objective=trades", "objective.pointwise_attack.steps=3", "threat.delta=0.05"]},
     "pgd_at": {"overrides": ["objective=pgd_at", "objective.pointwise_attack.steps=3", "threat.delta=0.05"]},
+    "wrm table": {"overrides": ["attack=wrm", "objective=attack_at", *SHARED]},
+    "udr": {"overrides": ["attack=udr", "objective=attack_at", "attack.steps=3", "attack.rate=5", "attack.every=2"]},
+    "awp": {"overrides": ["objective=trades", "objective.pointwise_attack.steps=3", "threat.delta=0.05",
+                          "weight_perturbation=awp", "weight_perturbation.start=0"]},
     "uniform radii": {"overrides": ["attack=wpgd_budget", "threat=winf_linf", "attack.steps=3", "threat.delta=0.05"]},
 }  # fmt: skip
 OTHERS = {
     "head": {"overrides": ["attack=wpgd_budget", *SHARED], "head": True},
     "fixed BatchNorm": {"overrides": ["attack=wpgd_budget", *SHARED], "norm": True},
     "unequal shares": {"overrides": ["attack=wpgd_budget", "sensitivity=batch", "attack.steps=3"], "limit_train": 7},
+    "unequal shares, reweighted, awp": {
+        "overrides": ["attack=wpgd_budget", "sensitivity=batch", "attack.steps=3", "reweighting=kl",
+                      "weight_perturbation=awp", "weight_perturbation.start=0"],
+        "limit_train": 7,
+    },
     "unequal shares, table": {"overrides": ["attack=wpgd", "sensitivity=table", *SHARED], "limit_train": 7},
 }  # fmt: skip
 POOLED = {

@@ -18,22 +18,39 @@ from wdat.attacks.base import Attack, AttackResult, Context
 from wdat.attacks.budget import FGSM, PGD, WFGSM, WPGDBudget
 from wdat.attacks.knapsack import Knapsack
 from wdat.attacks.knapsack_budget import Critical, CriticalDraw, KnapsackBudget
+from wdat.attacks.udr import UDR
 from wdat.attacks.wpgd import WPGD
+from wdat.attacks.wrm import WRM
 from wdat.errors import SettingError, unknown
 from wdat.inputs import as_images, as_labels, as_network
 from wdat.threat import ThreatModel
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
-    for a in (FGSM, PGD, WFGSM, WPGD, WPGDBudget, Knapsack, AutoAttack, KnapsackBudget, Critical, CriticalDraw)
+    for a in (
+        FGSM,
+        PGD,
+        WFGSM,
+        WPGD,
+        WPGDBudget,
+        Knapsack,
+        AutoAttack,
+        KnapsackBudget,
+        Critical,
+        CriticalDraw,
+        WRM,
+        UDR,
+    )
 }
 
 __all__ = [
     "ATTACKS",
     "FGSM",
     "PGD",
+    "UDR",
     "WFGSM",
     "WPGD",
+    "WRM",
     "Attack",
     "AttackResult",
     "AutoAttack",

@@ -177,6 +177,7 @@ class Attack(ABC):
     name: ClassVar[str]
     pointwise: ClassVar[bool] = False
     by_distance: ClassVar[bool] = False  # divides its budget by distances to the boundary, not by sensitivity
+    for_training: ClassVar[bool] = False  # keeps no budget over a set of its own: evaluation refuses it
     batch_size: int = field(default=512, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -286,6 +287,13 @@ class Attack(ABC):
             context: What surrounds the calls.
         """
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the attack has learnt during training, for checkpoints: plain numbers; most learn nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # nothing to restore by default
+        """Restore what `state_dict` gave."""
 
     def norms(self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
         """What this attack's allocation wants to know of each image, (N,); call it inside `undisturbed`.

@@ -53,7 +53,7 @@ class WPGDBudget(GradientAttack):
         everyone = not context.training or (threat.is_pointwise and not self.by_distance)
         rows = slice(None) if everyone else _where(radii > 0)
         origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
-        move = _mover(origin, bound, self.step_size, threat.norm)
+        move = self._mover(origin, bound, threat.norm)
 
         if clean is not None:
             first = move(origin, clean.gradient[rows])
@@ -67,24 +67,23 @@ class WPGDBudget(GradientAttack):
     def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
         return allocate(norms, sensitivity, threat, self.radius_max)
 
+    def _mover(self, origin: Tensor, radii: Tensor, norm: str) -> Move:
+        """The move x ← Π_i(x + step_size δ_i h(g)); in linf the ball and [0, 1] are one box, found once."""
+        length = per_image(self.step_size * radii, origin)
+        if norm == "linf":
+            bound = per_image(radii, origin)
+            low, high = (origin - bound).clamp_min_(0), (origin + bound).clamp_max_(1)
+            return lambda z, gradient: torch.addcmul(z, length, gradient.sign()).clamp_(low, high)
+
+        def move(z: Tensor, gradient: Tensor) -> Tensor:
+            return contract(origin, z + length * direction(gradient, norm), radii, norm).clamp_(0, 1)
+
+        return move
+
     @staticmethod
     def _share(threat: ThreatModel, context: Context) -> float | None:
         """The whole set must keep the budget; with a running Υ one batch may spend more than its share."""
         return threat.delta if context.sensitivity is None else None
-
-
-def _mover(origin: Tensor, radii: Tensor, step_size: float, norm: str) -> Move:
-    """The move x ← Π_i(x + step_size δ_i h(g)); in linf the ball and [0, 1] are one box, found once."""
-    length = per_image(step_size * radii, origin)
-    if norm == "linf":
-        bound = per_image(radii, origin)
-        low, high = (origin - bound).clamp_min_(0), (origin + bound).clamp_max_(1)
-        return lambda z, gradient: torch.addcmul(z, length, gradient.sign()).clamp_(low, high)
-
-    def move(z: Tensor, gradient: Tensor) -> Tensor:
-        return contract(origin, z + length * direction(gradient, norm), radii, norm).clamp_(0, 1)
-
-    return move
 
 
 def _where(chosen: Tensor) -> slice | Tensor:

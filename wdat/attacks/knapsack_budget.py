@@ -33,6 +33,7 @@ class KnapsackBudget(WPGDBudget):
 
     name: ClassVar[str] = "knapsack_budget"
     by_distance: ClassVar[bool] = True
+    for_training: ClassVar[bool] = True
     radii_loss: str | None = field(default="margin", kw_only=True)
     kappa: float = field(default=1.2, kw_only=True)
 

@@ -94,7 +94,7 @@ def build_attacks(node: Any, setting: str = "evaluation") -> tuple[list[str | At
             found.append(build(own, f"{prefix}attack_options.{chosen}", **_passes(node, own)))
         elif chosen not in ATTACKS:
             raise unknown("attack", chosen, {*ATTACKS, *options}, f"{prefix}attacks")
-        elif ATTACKS[chosen].by_distance:
+        elif ATTACKS[chosen].for_training:
             raise SettingError(f"{prefix}attacks: {chosen} trains; to evaluate, use knapsack")
         else:
             found.append(chosen)

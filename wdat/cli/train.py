@@ -61,6 +61,9 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     logger = build(cfg.logger, "logger")  # before longer work, because it may want a login
     data, threat, optimizer = build(cfg.data, "data"), build(cfg.threat, "threat"), optimizer_of(cfg)
     objective, attack = build(cfg.objective, "objective"), build(cfg.attack, "attack")
+    reweighting, perturbation = (build(cfg[key], key) for key in ("reweighting", "weight_perturbation"))
+    if reweighting is not None:
+        reweighting.check(cfg.data.batch_size)
     scheduler, sensitivity = build(cfg.scheduler, "scheduler"), build(cfg.sensitivity, "sensitivity")
     facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
@@ -88,7 +91,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
         network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
-        cfg.optimizer.exempt, notify=notify, progress=progress.report, requests=requests,
+        cfg.optimizer.exempt, notify=notify, progress=progress.report, requests=requests, reweighting=reweighting,
+        weight_perturbation=perturbation,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
     sync = _synchronised(cfg, network)
@@ -240,6 +244,8 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     limited = [f"{split} {words}" for split, words in data.selection.items() if not words.startswith("all ")]
     if limited:
         notify(f"limits  {'; '.join(limited)}")
+    if data.patches.cutmix and cfg.averaging is None:
+        notify("data.augmentation.cutmix helps adversarial training only together with an average: averaging=ema")
     if data.pool is not None:
         notify(f"pool    {len(data.pool):,} synthetic images, {100 * data.pool_share:.0f} % of each batch")
     elif cfg.objective.get("label_smoothing") and cfg.objective.get("smooth") == "synthetic":

@@ -18,6 +18,8 @@ class Batch(NamedTuple):
         size: Number of images in the global batch, over all processes.
         step: The global batch's number since the start of training; 0 in evaluation.
         synthetic: (B,), bool: whether each image is of the pool; None where there is no pool.
+        other: (B,), int64: the label of the smaller part of a mixed image, `y` that of the larger; None without mixing.
+        share: (B,): the share of `y`; likewise.
     """
 
     x: Tensor
@@ -27,3 +29,5 @@ class Batch(NamedTuple):
     size: int
     step: int
     synthetic: Tensor | None = None
+    other: Tensor | None = None
+    share: Tensor | None = None

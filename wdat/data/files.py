@@ -82,6 +82,8 @@ class FileSet(LabelledImages):
 
     augment: RandomCrop | None
 
+    in_files = True
+
     def __init__(
         self, files: Files, labels: Tensor, crop: CenterCrop, augment: RandomCrop | None = None, seed: int = 0
     ) -> None:

@@ -34,11 +34,16 @@ class Augmentation(Protocol):
 class LabelledImages(Dataset[Batch], ABC):
     """One split. An item is a whole batch, chosen by a `BatchPlan`.
 
+    Attributes:
+        in_files: Whether images are decoded from files of their own, for which several processes may read.
+
     Args:
         labels: (N,), int64, on the device of the images.
         augment: The augmentation, or None to read images as they are.
         seed: The seed of the run.
     """
+
+    in_files: bool = False
 
     def __init__(self, labels: Tensor, augment: Augmentation | None, seed: int) -> None:
         self.labels = labels
@@ -76,7 +81,11 @@ class LabelledImages(Dataset[Batch], ABC):
 
     def draw(self, size: int, purpose: str, step: int) -> Choices | None:
         """The choices for a global batch of `size` images; None where nothing is augmented."""
-        return None if self.augment is None else self.augment.draw(size, seeding.generator(self.seed, purpose, step))
+        return None if self.augment is None else self.augment.draw(size, self.generator(purpose, step))
+
+    def generator(self, purpose: str, step: int) -> torch.Generator:
+        """Random numbers on the CPU, a function of the seed, the purpose and the step."""
+        return seeding.generator(self.seed, purpose, step)
 
     def read(self, plan: BatchPlan, draws: Choices | None = None) -> Batch:
         """The planned batch, as float32 in [0, 1].

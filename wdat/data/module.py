@@ -17,6 +17,7 @@ from wdat.data.files import Files, FileSet
 from wdat.data.images import ImageSet, LabelledImages
 from wdat.data.loading import Pass, PlannedLoader, ResumableLoader
 from wdat.data.mixed import MixedSet
+from wdat.data.patches import PatchedSet, Patches
 from wdat.data.pool import Synthetic, SyntheticPool
 from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positions
 from wdat.data.sources import SOURCES, Source, Where, fetch
@@ -58,6 +59,7 @@ class ImageDataModule(LightningDataModule):
             is its length, and images of the list where N is less.
         synthetic: A pool of further training images: the fields of `Synthetic`; None, or without a path, for none.
         seed: The seed of the run: the split, the order and the augmentation.
+        augmentation: Of training images beside crops and flips: the fields of `Patches`; None for none.
 
     Attributes:
         pool: The pool, from `setup` on; None without one.
@@ -89,6 +91,7 @@ class ImageDataModule(LightningDataModule):
         limit_test: int | None = None,
         synthetic: Mapping[str, Any] | None = None,
         seed: int = 0,
+        augmentation: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(source, str) and source not in SOURCES:
@@ -116,6 +119,7 @@ class ImageDataModule(LightningDataModule):
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
         self.seed = _count("seed", seed, 0)
         self.synthetic = Synthetic(**synthetic or {})
+        self.patches = Patches(**augmentation or {})
         self.pool: SyntheticPool | None = None
         self._sets: dict[str, LabelledImages] = {}
         self._split = False
@@ -152,6 +156,8 @@ class ImageDataModule(LightningDataModule):
             sets["train"] = self._set(data.x_train, data.y_train, kept, "train")
             if self.synthetic.path is not None:
                 sets["train"] = self._mixed(sets["train"], self.synthetic.path)
+            if self.patches.cutmix or self.patches.erasing:
+                sets["train"] = PatchedSet(sets["train"], self.patches)
         self._sets, self._split = sets, not alone
 
     def train_dataloader(self) -> ResumableLoader:
@@ -313,7 +319,7 @@ class ImageDataModule(LightningDataModule):
 
     def _workers(self, images: LabelledImages) -> int:
         """Reading from memory needs no processes."""
-        return self.workers if isinstance(images, FileSet) else 0
+        return self.workers if images.in_files else 0
 
     def _on_device(self, split: str) -> LabelledImages:
         """The images of a split, moved once to the device of the run."""

@@ -33,7 +33,9 @@ from wdat.threat import ThreatModel
 from wdat.training.norms import training_norms
 from wdat.training.optimizers import decay_groups
 from wdat.training.requests import NAMES, Requests
+from wdat.training.reweighting import KLReweighting
 from wdat.training.step import Step, modes_agree, not_finite
+from wdat.training.weight_perturbation import AWP, Moved, kept_buffers
 
 
 class WDATModule(L.LightningModule):
@@ -59,9 +61,11 @@ class WDATModule(L.LightningModule):
         notify: Told, on the first process, of what a user should know.
         progress: Told of passes over the training images within a step.
         requests: What this process may ask the others for; each step carries it to them.
+        reweighting: Weighs the images of each global batch; None weighs them alike.
+        weight_perturbation: Where the gradient of a step is taken; None for the weights as they are.
 
     Raises:
-        SettingError: If the attack can't have this threat.
+        SettingError: If the attack can't have this threat, or there are no weights to perturb.
     """
 
     def __init__(
@@ -79,16 +83,22 @@ class WDATModule(L.LightningModule):
         notify: Callable[[str], None] = rank_zero_warn,
         progress: Progress | None = None,
         requests: Requests | None = None,
+        reweighting: KLReweighting | None = None,
+        weight_perturbation: AWP | None = None,
     ) -> None:
         super().__init__()
         if attack is not None:
             attack.threat_of(threat)
+        if weight_perturbation is not None:
+            weight_perturbation.weights(network)  # refuses a network without any
         decay_groups(network, exempt)  # refuses an unknown kind
         self.network, self.objective, self.attack, self.threat = network, objective, attack, threat
         self.sensitivity = sensitivity or BatchSensitivity()
         self.make_optimizer, self.scheduler, self.exempt = optimizer, scheduler, tuple(exempt)
         self.keep_eval, self.seed, self.notify, self.progress = keep_eval, seed, notify, progress
         self.requests = requests
+        self.reweighting, self.weight_perturbation = reweighting, weight_perturbation
+        self._moved: Moved | None = None
         self.accuracy = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._modes_agree: bool | None = None
         self._attack_expected = attack is not None
@@ -134,20 +144,54 @@ class WDATModule(L.LightningModule):
         measure = partial(self._measure, batch.step)
         about = (self.threat, self.attack, self.sensitivity, measure, self._agree, processes, self.seed)
         step = Step(self.network, batch, *about)
-        terms = self.objective(self.network, batch, step)
+        terms = self._terms_at(batch, step, processes)
         loss = total(terms)
         means, requests = self._told(batch, loss, terms, step.verifications, processes)
         if self._attack_expected and step.result is None and self.attack is not None:
             self.notify(f"this objective has no distributional term, so attack={self.attack.name} is not used")
         self._attack_expected = False
-        share = len(batch.y) * processes.world_size / batch.size  # 1 but where the processes' parts are unequal
         return {
-            "loss": loss * share if share != 1 else loss,
+            "loss": self._scaled(loss, batch, processes),
             "terms": means,
             "attack_result": step.result,
             "requests": requests,
             "upsilon": self.sensitivity.upsilon if step.divides else None,
         }
+
+    def _terms_at(self, batch: Batch, step: Step, processes: Processes) -> Terms:
+        """The objective's terms, at perturbed weights where that is asked for; `backward` puts these back."""
+        perturbation = self.weight_perturbation
+        if perturbation is None or self._progress(self.trainer.global_step) < perturbation.start:
+            return self._weighted(self.objective(self.network, batch, step), processes)
+        with kept_buffers(self.network):
+            terms = self._weighted(self.objective(self.network, batch, step), processes)
+            self._moved = perturbation.move(self.network, self._scaled(total(terms), batch, processes), processes)
+        try:
+            return self._weighted(self.objective(self.network, batch, step.again()), processes)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _weighted(self, terms: Terms, processes: Processes) -> Terms:
+        return terms if self.reweighting is None else self.reweighting(terms, processes)
+
+    @staticmethod
+    def _scaled(loss: Tensor, batch: Batch, processes: Processes) -> Tensor:
+        """The loss of this process's part, such that the processes' mean is the global batch's."""
+        share = len(batch.y) * processes.world_size / batch.size  # 1 but where the processes' parts are unequal
+        return loss * share if share != 1 else loss
+
+    def _put_back(self) -> None:
+        if self._moved is not None:
+            self._moved.restore()
+            self._moved = None
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        """The gradients, at perturbed weights where the step has moved them; then the weights are put back."""
+        try:
+            super().backward(loss, *arguments, **options)
+        finally:
+            self._put_back()
 
     def _agree(self, x: Tensor) -> bool:
         if self._modes_agree is None:
@@ -176,10 +220,12 @@ class WDATModule(L.LightningModule):
         summed, sums = processes.total(torch.cat([mine, asked, *broken]))
         flags = sums[len(mine) :]
         if any(flags[len(asked) :]):
+            self._put_back()
             with together(processes):
                 for check in verifications:
                     check.verify()
         if not all(map(math.isfinite, sums)):
+            self._put_back()
             raise RunError(not_finite(self.network, batch, float(loss)))
         for key, value in zip(own, summed.float(), strict=False):
             self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
@@ -236,11 +282,16 @@ class WDATModule(L.LightningModule):
         return step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the estimator's state; plain containers only, so that `weights_only` loads them."""
+        """Keep the estimator's and the attack's state; plain containers only, so that `weights_only` loads them."""
         checkpoint["sensitivity"] = {"name": self.sensitivity.name, **self.sensitivity.state_dict()}
+        if self.attack is not None:
+            checkpoint["attack"] = {"name": self.attack.name, **self.attack.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the estimator's state where it is of the same kind."""
+        """Restore the estimator's and the attack's state where they are of the same kind."""
         state = dict(checkpoint.get("sensitivity", {}))
         if state.pop("name", None) == self.sensitivity.name:
             self.sensitivity.load_state_dict(state)
+        learnt = dict(checkpoint.get("attack", {}))
+        if self.attack is not None and learnt.pop("name", None) == self.attack.name and learnt:
+            self.attack.load_state_dict(learnt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -63,6 +63,7 @@ class Step:
         self.result: AttackResult | None = None
         self.verifications: list[Verification] = []
         self._logits: Tensor | None = None
+        self._pointwise: dict[tuple[int, float | None], Tensor] = {}
         noise, uniform = partial(start_noise, seed, batch), partial(radius_draws, seed, batch)
         most = -(-batch.size // processes.world_size)
         self._context = Context(processes, noise=noise, uniform=uniform, most=most, training=True, deferred=True)
@@ -88,13 +89,19 @@ class Step:
     def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
         """Images (B, C, H, W) moved by another attack at p = inf, x_p."""
         threat, context = self.threat.pointwise(delta), self._shared(with_logits, gradient=False)
-        return self._attacked(attack, threat, context).x_adv
+        moved = self._attacked(attack, threat, context).x_adv
+        self._pointwise[id(attack), delta] = moved
+        return moved
 
     def _attacked(self, attack: Attack, threat: ThreatModel, context: Context) -> AttackResult:
         result = attack(self.network, self.batch.x, self.batch.y, threat, context)
         if result.verification is not None:
             self.verifications.append(result.verification)
         return result
+
+    def again(self) -> Again:
+        """The same perturbed images for another pass, through weights that have changed."""
+        return Again(self.network, self.batch.x, self.result, self._pointwise)
 
     @property
     def divides(self) -> bool:
@@ -115,6 +122,42 @@ class Step:
             log_clean = log_probabilities(self._logits.detach())
             self._context = replace(self._context, log_clean=log_clean, clean_pass=clean_pass)
         return self._context
+
+
+class Again:
+    """The images that a step has made, without attacking again; an objective's `StepContext`.
+
+    Args:
+        network: In train mode.
+        x: Clean images (B, C, H, W).
+        result: What the distributional attack did.
+        pointwise: Images of other attacks, by the attack's identity and its budget.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        result: AttackResult | None,
+        pointwise: Mapping[tuple[int, float | None], Tensor],
+    ) -> None:
+        self.network, self.x, self.result, self._images = network, x, result, pointwise
+        self._logits: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """Logits (B, K) of the clean images in train mode, with gradients."""
+        if self._logits is None:
+            self._logits = self.network(self.x)
+        return self._logits
+
+    def distributional(self, with_logits: bool = False) -> Tensor:
+        """The images (B, C, H, W) that the distributional attack moved."""
+        assert self.result is not None, "an objective asks for the same images each time"
+        return self.result.x_adv
+
+    def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
+        """The images (B, C, H, W) that another attack moved."""
+        return self._images[id(attack), delta]
 
 
 def start_noise(seed: int, batch: Batch) -> Tensor:

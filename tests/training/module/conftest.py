@@ -33,8 +33,8 @@ def chosen():
 
     def one(group, choice):
         if (group, choice) not in known:
-            extra = ["objective.pointwise_attack.steps=2"] if choice in ("trades", "combined", "pgd_at") else []
-            extra += ["attack.steps=2"] if "pgd" in choice and group == "attack" else []
+            extra = ["objective.pointwise_attack.steps=2"] if choice in ("trades", "combined", "pgd_at", "mart") else []
+            extra += ["attack.steps=2"] if ("pgd" in choice or choice in ("wrm", "udr")) and group == "attack" else []
             extra += ["sensitivity.every=2"] if choice in ("exact", "subsample") else []
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 known[group, choice] = compose("config", [f"{group}={choice}", *extra])[group]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_training import (
     QUIET,
     SEED,
+    Stop,
     digits,
     distributional,
     fit,
@@ -64,18 +64,6 @@ def test_the_state_of_another_estimator_is_left_out(data, tmp_path):
     other.on_load_checkpoint(checkpoint)
     assert other.sensitivity.sample() is None
     other.on_load_checkpoint({})  # a checkpoint without any
-
-
-class Stop(L.Callback):
-    """Stops a run after so many steps, as a kill would, with a checkpoint."""
-
-    def __init__(self, steps, path):
-        self.steps, self.path = steps, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.steps:
-            trainer.save_checkpoint(self.path)
-            raise InterruptedError
 
 
 @pytest.mark.parametrize("kind", KINDS)
