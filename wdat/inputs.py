@@ -143,7 +143,7 @@ def check_figures(network: nn.Module, x: Tensor) -> None:
         x: Images (N, C, H, W), of which up to four are used.
     """
     images = x[:4].detach()
-    with undisturbed(network), torch.no_grad():
+    with undisturbed(network), float32(network, images), torch.no_grad():
         first, again = (network(images.clone()) for _ in range(2))
         single = torch.cat([network(image[None].clone()) for image in images])
     name = network.name if isinstance(network, Function) else type(network).__name__

@@ -39,6 +39,15 @@ def built(cfg):
     return found
 
 
+EVALUATIONS = sorted(file.stem for file in (CONF / "evaluation").glob("[!_]*.yaml"))
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_each_evaluation_can_be_built(name):
+    evaluation = built(composed(f"evaluation={name}"))["evaluation"]
+    assert [attack.name for attack in evaluation.attacks][:2] == ["pgd", "wpgd"]
+
+
 BAD = {  # overrides, and what the message must say
     "attack.steps=10.5": ["attack.steps=10.5", "whole number"],
     "attack.steps=10.0": ["attack.steps=10.0", "whole number"],

@@ -26,7 +26,7 @@ def report(request, tmp_path):
     if request.param in KINDS:
         write_report(KINDS[request.param](), path)
         return path
-    folders = ["quickstart", "quickstart_knapsack"] if request.param == "collection" else ["evaluate"]
+    folders = ["quickstart"] if request.param == "collection" else ["evaluate"]
     runs = find([RESULTS / folder for folder in folders])
     write_all(compare(runs, baseline="quickstart" if request.param == "collection" else "cnn_a"), runs, path.parent)
     return path

@@ -226,7 +226,7 @@ class WDATModule(L.LightningModule):
                     check.verify()
         if not all(map(math.isfinite, sums)):
             self._put_back()
-            raise RunError(not_finite(self.network, batch, float(loss)))
+            raise RunError(not_finite(self.network, batch, float(loss.detach())))
         for key, value in zip(own, summed.float(), strict=False):
             self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
         requests = frozenset(name for name, flag in zip(NAMES, flags, strict=False) if flag) if shared else None
