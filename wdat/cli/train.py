@@ -19,6 +19,7 @@ from wdat import models
 from wdat.cli.build import accepts, build, build_attacks, check_number_of_classes, try_optimizer
 from wdat.cli.devices import synchronised, told
 from wdat.cli.launch import device_count, one_at_a_time
+from wdat.data.sampling import check_divisible
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
 from wdat.losses import check_classes
@@ -100,6 +101,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()], sync_batchnorm=sync,
         enable_checkpointing=any(cfg.callbacks.get(name) is not None for name in ("checkpoint", "last_checkpoint")),
     )  # fmt: skip
+    check_divisible(cfg.data.batch_size, trainer.world_size)
     notify(f"devices {told(trainer, cfg.data.batch_size, network, sync)}")
     describe(cfg, network, trained, data)
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
