@@ -408,6 +408,8 @@ BAD = {
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
     "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
     "finetune.trainable=heads": ["finetune.trainable", "head"],
+    "trainer.devices=3": ["data.batch_size=32", "over 3", "33"],
+    "callbacks.checkpoint.mode=maxx": ["callbacks.checkpoint", "maxx"],
     "optimizer._target_=torch.optim.AdamW": ["argument of AdamW", "~optimizer.momentum ~optimizer.nesterov"],
     "optimizer.momentum=-1": ["optimizer", "momentum"],
     "data.num_classes=2 attack.loss=redlr": ["attack.loss", "three classes"],

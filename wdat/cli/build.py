@@ -12,6 +12,7 @@ import torch
 from hydra._internal.utils import _locate  # as `get_object`, which also logs what it does not find
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -42,7 +43,7 @@ def build(node: Any, setting: str, *arguments: Any, **given: Any) -> Any:
         if meant is not None:
             # Attacks speak of `attack.…`, wherever they stand.
             raise type(meant)(re.sub(r"\battack\.(?=\w+=)", f"{_attack_key(error, setting)}.", str(meant))) from error
-        if isinstance(error.__cause__, (TypeError, ValueError)):
+        if isinstance(error.__cause__, (TypeError, ValueError, MisconfigurationException)):
             raise _unusable(node, setting, error.__cause__) from error
         raise
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from wdat import models
 from wdat.cli.build import accepts, build, build_attacks, check_number_of_classes, try_optimizer
 from wdat.cli.launch import one_at_a_time
+from wdat.data.sampling import check_divisible
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
 from wdat.losses import check_classes
@@ -89,6 +90,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()],
         enable_checkpointing=any(cfg.callbacks.get(name) is not None for name in ("checkpoint", "last_checkpoint")),
     )  # fmt: skip
+    check_divisible(cfg.data.batch_size, trainer.world_size)
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     dashboard.begin(trainer.loggers, cfg)
 

@@ -69,6 +69,20 @@ def synthetic_positions(size: int, fraction: float) -> Tensor:
     return (position + 1) * count // size > position * count // size
 
 
+def check_divisible(batch_size: int, world_size: int) -> None:
+    """Refuse a global batch that processes can't share evenly.
+
+    Raises:
+        SettingError: If it isn't a multiple of their number.
+    """
+    if batch_size % world_size:
+        raise SettingError(
+            f"data.batch_size={batch_size} counts the images over all processes and can't be divided over "
+            f"{world_size}: set data.batch_size={-(-batch_size // world_size) * world_size}, or change "
+            "trainer.devices"
+        )
+
+
 class TrainPlan(_Plan):
     """The shuffled batches of training, one epoch at a time.
 
@@ -104,12 +118,7 @@ class TrainPlan(_Plan):
         fraction: float = 0.0,
     ) -> None:
         super().__init__(n, batch_size, rank, world_size, shuffle=True, seed=seed)
-        if batch_size % world_size:
-            raise SettingError(
-                f"data.batch_size={batch_size} counts the images over all processes and can't be divided over "
-                f"{world_size}: set data.batch_size={-(-batch_size // world_size) * world_size}, or change "
-                "trainer.devices"
-            )
+        check_divisible(batch_size, world_size)
         if n < world_size:
             raise SettingError(
                 f"{n} training images for {world_size} processes: set trainer.devices or raise data.limit_train"
