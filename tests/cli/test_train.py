@@ -323,7 +323,13 @@ def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
     assert result.out.count("attack=wpgd_budget is not used") == 1
 
 
-SHORT = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
+SHORT = [
+    "evaluation=wpgd",
+    "pretrain.max_epochs=0",
+    "trainer.max_epochs=1",
+    "data.limit_train=64",
+    "evaluation.curve=[]",
+]
 
 
 def test_without_a_choice_of_checkpoint_the_last_one_is_tested(tmp_path):
@@ -494,26 +500,32 @@ def script(*arguments, folder, timeout=280):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout, env=environment)
 
 
+SHORTER = [*QUICK, "trainer.max_epochs=1", "pretrain.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run in a process of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    return SimpleNamespace(done=script(*SHORTER, "hydra.run.dir=run", folder=folder), folder=folder / "run")
+
+
 @pytest.mark.slow
-def test_from_a_shell(tmp_path):
+def test_from_a_shell(alone, tmp_path):
     """The same in a process of its own, where nothing is silenced or turned into errors by the tests."""
     found = script(*QUICK, "objective.smooth=everything", folder=tmp_path)
     wanted = "error: unknown choice of labels 'everything' (objective.smooth): known: all, synthetic\n"
     assert (found.returncode, found.stdout, found.stderr) == (2, "", wanted)
-    found = script(*QUICK, "trainer.max_epochs=1", "data.limit_train=64", "hydra.run.dir=run", folder=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "\x1b" not in found.stdout, "no terminal, no colours"
-    assert {r.stage for r in read(tmp_path / "run" / "records.json")} == {"before", "epoch", "after"}
+    assert (alone.done.returncode, alone.done.stderr) == (0, "")
+    assert "\x1b" not in alone.done.stdout, "no terminal, no colours"
+    assert {r.stage for r in read(alone.folder / "records.json")} == {"before", "epoch", "after"}
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(tmp_path):
+def test_two_processes_measure_what_one_does(alone, tmp_path):
     """35 test images, an odd number: none is left out and none counted twice."""
-    shorter = [*QUICK, "trainer.max_epochs=1", "pretrain.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
-    found = []
-    for devices in (1, 2):
-        folder = tmp_path / f"on_{devices}"
-        done = script(*shorter, f"trainer.devices={devices}", f"hydra.run.dir={folder}", folder=tmp_path)
+    found, both = [], script(*SHORTER, "trainer.devices=2", f"hydra.run.dir={tmp_path}", folder=tmp_path)
+    for done, folder in ((alone.done, alone.folder), (both, tmp_path)):
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Warning" not in done.stderr
         assert "recommended to use `self.log" not in done.stderr + done.stdout
@@ -532,8 +544,9 @@ def test_a_real_network_on_real_images(shared, tmp_path):
         pytest.skip(f"no {weights} or {images}")
     result = train(
         "model=resnet2b", f"model.checkpoint={weights}", "data=npz", f"data.path={images}", "threat.delta=2/255",
-        "attack=wpgd_budget", "trainer.max_epochs=1", "data.limit_train=256", "evaluation.curve=[]", *LOCALLY,
-        "hydra.run.dir=run",
+        "attack=wpgd_budget", "trainer.max_epochs=1", "data.limit_train=64", "data.limit_val=60",
+        "evaluation=wpgd", "evaluation.curve=[]", "evaluation.attack_options.pgd={steps: 10, step_size: 0.2}",
+        "evaluation.attack_options.wpgd={steps: 10, step_size: 0.2}", *LOCALLY, "hydra.run.dir=run",
     )  # fmt: skip
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))
@@ -559,7 +572,7 @@ def test_a_network_of_the_zoo_trains(tmp_path):
     short = [f"{EVALUATION}.{kind}.steps=2" for kind in ("pgd", "wpgd")]
     result = train(
         "model=robustbench", f"model.name={name}", "model.root=zoo", "data=digits", "trainer.max_epochs=1",
-        "attack.steps=2", "evaluation.curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",
+        "attack.steps=2", "evaluation=wpgd", "evaluation.curve=[]", *few, *short, *LOCALLY, "hydra.run.dir=run",
     )  # fmt: skip
     assert (result.status, result.err) == (0, "")
     records = read(Path("run/records.json"))

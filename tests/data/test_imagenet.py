@@ -227,7 +227,7 @@ def folders(tmp_path, **content):
             "train/ and val/ have different classes (d only in val/, e only in train/)",
             "give both the same",
         ),
-        ({"val": "abc"}, "the data have 3 classes (a, b, c, …), but data.num_classes=4", "set data.num_classes=3"),
+        ({"val": "abc"}, "the data have 3 classes (a, b, c), but data.num_classes=4", "set data.num_classes=3"),
     ],
 )
 def test_folders_that_are_no_imagenet(tmp_path, content, fault, remedy):

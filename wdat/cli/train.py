@@ -164,7 +164,7 @@ def evaluation_of(
     try:
         evaluation: RobustEvaluation = build(cfg.callbacks[MEASURES], f"callbacks.{MEASURES}")(
             threat, attacks, losses=list(cfg.evaluation.losses), options=options,
-            validation_options={**cfg.evaluation.validation_options},
+            validation_options={**(cfg.evaluation.validation_options or {})},
             deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
             records=records, facts=facts, progress=progress,
         )  # fmt: skip
