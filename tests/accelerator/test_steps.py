@@ -1,0 +1,74 @@
+"""Every training attack and estimator on the pretended accelerator: no mixed devices, few waits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.pretended import CUDA, accelerator, device_tensor, lend
+from benchmarks.waits import DELTA, ESTIMATORS, SmallNetwork, TrainingSteps, images
+from wdat import ThreatModel
+from wdat.attacks import ATTACKS, Context, build
+from wdat.distributed import current
+from wdat.evaluation import ImageTensors, evaluate
+
+TRAIN = ("wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "knapsack_budget", "critical", "critical_draw")
+CHOICES = [
+    (attack, estimator)
+    for attack, estimator in itertools.product((*TRAIN, "trades"), ESTIMATORS)
+    if not (estimator == "ema" and attack in ("knapsack_budget", "critical", "critical_draw"))
+]
+
+
+def waits(counts):
+    return "\n".join(f"{count:4} {line} {kind}" for (line, kind), count in counts.waits.most_common())
+
+
+@pytest.mark.parametrize("norm", DELTA)
+@pytest.mark.parametrize(("attack", "estimator"), CHOICES)
+def test_a_training_step_mixes_no_devices(attack, estimator, norm):
+    for processes, pool in ((1, False), (2, False), (2, True)):
+        with accelerator(processes):
+            step = TrainingSteps(attack, norm, estimator, inner=2, size=8, processes=processes, pool=pool)
+            loss = step(1)["loss"]
+            assert loss.device == CUDA
+            assert torch.isfinite(loss.raw)
+
+
+@pytest.mark.parametrize("norm", DELTA)
+@pytest.mark.parametrize("attack", [*(name for name in ATTACKS if name not in TRAIN or name in ("pgd", "wpgd"))])
+def test_an_evaluation_mixes_no_devices(attack, norm):
+    """All of an evaluation, with pictures, on two processes of which one has no images, and on one."""
+    if attack == "autoattack":
+        pytest.skip("pyautoattack's own tensors can't be pretended")
+    options = {"knapsack": {"effort": "quick"}}.get(attack, {"steps": 2})
+    threat = ThreatModel(2, norm, DELTA[norm])
+    for processes in (1, 2):
+        with accelerator(processes):
+            torch.manual_seed(0)
+            network, (x, y) = lend(SmallNetwork()), images(9)
+            tensors = ImageTensors(x, y, device_tensor(torch.arange(9)))
+            found = evaluate(
+                network, tensors, threat, [build(attack, batch_size=4, **options)], batch_size=4,
+                processes=current(CUDA), pictures=True, deltas=[2 * threat.delta],
+            )  # fmt: skip
+        assert [r.attack for r in found] == ["none", attack, attack]
+        assert all(r.n == 9 for r in found)
+
+
+@pytest.mark.parametrize("name", ["wpgd_budget", "wpgd", "wfgsm", "fgsm"])
+def test_the_device_says_what_the_cpu_says(name):
+    """The same numbers: the same kernels run."""
+    threat = ThreatModel(2, "l2", DELTA["l2"])
+    torch.manual_seed(0)
+    network = SmallNetwork()
+    x, y = (part.raw for part in images(9))
+    attack = build(name, **({} if "fgsm" in name else {"steps": 3}))
+    wanted = attack(network, x, y, threat)
+    with accelerator():
+        found = attack(lend(network), device_tensor(x), device_tensor(y), threat, Context(processes=current(CUDA)))
+        assert found.x_adv.device == CUDA
+    torch.testing.assert_close(found.x_adv.raw, wanted.x_adv, rtol=1e-5, atol=1e-6)
+    assert found.accuracy == wanted.accuracy
