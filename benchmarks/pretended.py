@@ -257,6 +257,7 @@ def accelerator(processes: int = 1) -> Iterator[Counts]:
         patches = {
             "get_rng_state": lambda device=0: torch.get_rng_state(),
             "set_rng_state": lambda state, device=0: None,
+            "get_device_name": lambda device=0: "Pretended",
         }
         for name, function in patches.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from wdat.errors import SettingError
 from wdat.gradients import undisturbed
+from wdat.precision import float32
 
 _WRAPPER = "class Logits(torch.nn.Sequential): forward = lambda self, x: {} (and give Logits(network))"
 
@@ -100,7 +101,7 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
     if any(is_lazy(tensor) for tensor in chain(network.parameters(), network.buffers())):
         raise SettingError(f"{name} has lazy layers without weights: call network(torch.zeros{shape}) once before")
     image = x[:1].detach().clone().requires_grad_(True)
-    with undisturbed(network):
+    with undisturbed(network), float32(image.device):
         try:
             out = network(image.clone())
         except (torch.OutOfMemoryError, SettingError):

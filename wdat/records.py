@@ -123,6 +123,7 @@ class Record:
         dropped: Images left out because their gradient was not finite.
         nonfinite: Images whose logits were not finite, at the images that the accuracy is of; they count as wrong.
         details: What only some attacks know, in plain values; `wdat.evaluation.details` lists the keys.
+        compute: How the numbers were computed: `name` of the GPU, `precision`, `tf32` and `compiled`.
     """
 
     stage: str
@@ -156,6 +157,7 @@ class Record:
     dropped: int = 0
     nonfinite: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from wdat.errors import ConstraintError, SettingError, check_whole
 from wdat.gradients import forward, ordinary, undisturbed
 from wdat.inputs import classes_of
 from wdat.losses import correct, nonfinite
+from wdat.precision import float32
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel
 
@@ -35,6 +36,7 @@ class Context:
         log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
         clean_pass: The images with `requires_grad` and the logits in eval mode that the network made of them, where
             the caller has a graph from which the gradient at the clean images can be taken; it is retained.
+        tf32: Whether an evaluation's products may use TF32.
         training: Return the last iterate without looking back: no verdict, no best iterate.
         progress: Called after each step with the number of steps done and of all steps.
     """
@@ -46,6 +48,7 @@ class Context:
     uniform: Callable[[], Tensor] | None = None
     log_clean: Tensor | None = None
     clean_pass: tuple[Tensor, Tensor] | None = None
+    tf32: bool = False
     training: bool = False
     progress: Callable[[int, int], None] | None = None
 
@@ -111,11 +114,6 @@ class AttackResult:
 NONFINITE = "{}: {} of {} images have logits that are not finite; they count as misclassified"
 
 TOLERANCE = 1e-5  # relative, plus a few float32 roundings of a pixel
-
-
-def _precision(device: torch.device, training: bool) -> AbstractContextManager[object]:
-    """Training attacks in the caller's precision, evaluation always in that of the images."""
-    return nullcontext() if training else torch.autocast(device.type, enabled=False)
 
 
 def check_images(network: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -198,7 +196,8 @@ class Attack(ABC):
             with together(context.processes):
                 check_images(network, x, y)
                 own.check(x.shape[1:])
-        with undisturbed(network), _precision(x.device, context.training):
+        # Training attacks in the caller's precision, evaluation always in that of the images.
+        with undisturbed(network), nullcontext() if context.training else float32(x.device, context.tf32):
             moved = self._run(network, x, y, own, context)
             with together(context.processes):
                 distances = _verified_distances(self.name, x, moved, own)

@@ -15,6 +15,7 @@ from wdat.attacks.knapsack_allocation import Allocation, bootstrap, curve, solve
 from wdat.attacks.minimum_norm import NearestAdversarial, nearest_adversarial
 from wdat.attacks.search import Search
 from wdat.gradients import ordinary, undisturbed
+from wdat.precision import float32
 from wdat.threat import ThreatModel
 
 CURVE_POINTS = 64
@@ -84,9 +85,9 @@ class Knapsack(Attack):
             threats: Budgets to serve; none searches every image to the end.
             previous: What the same search found for smaller budgets.
         """
-        x, y = ordinary(x, y)
-        with undisturbed(network), torch.autocast(x.device.type, enabled=False):
-            return self._search(network, x, y, norm, context or Context(), threats, previous)
+        (x, y), context = ordinary(x, y), context or Context()
+        with undisturbed(network), float32(x.device, context.tf32):
+            return self._search(network, x, y, norm, context, threats, previous)
 
     def prepared(
         self, network: nn.Module, x: Tensor, y: Tensor, threats: Sequence[ThreatModel], context: Context | None = None

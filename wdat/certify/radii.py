@@ -26,6 +26,7 @@ from wdat.distributed import Processes, together
 from wdat.errors import SettingError
 from wdat.gradients import input_gradients, undisturbed
 from wdat.losses import margin
+from wdat.precision import float32
 from wdat.threat import ThreatModel, dual_norm
 
 ROUND = 32  # images between two looks at what the budgets can pay for
@@ -302,7 +303,7 @@ def _recent_ratio(radii: Tensor, near: Tensor, states: Tensor) -> float:
 
 def _linear(network: nn.Module, x: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """Margins (N,), NaN where logits aren't finite, and linearised distances (N,), image by image, on the CPU."""
-    with undisturbed(network), torch.autocast(x.device.type, enabled=False):
+    with undisturbed(network), float32(x.device):
         found = input_gradients(network, x, y, margin, 1)
     clean = torch.where(found.logits.isfinite().all(1), -found.loss, torch.nan).double()
     return clean.cpu(), (clean / dual_norm(found.gradient, norm).double().clamp_min(1e-12)).clamp_min(0).cpu()

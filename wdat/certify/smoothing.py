@@ -36,6 +36,7 @@ from wdat.certify.kept import PROVED, Kept
 from wdat.distributed import together
 from wdat.errors import SettingError
 from wdat.gradients import undisturbed
+from wdat.precision import float32
 from wdat.seeding import generator
 from wdat.threat import ThreatModel
 
@@ -135,7 +136,7 @@ class Smoothing(Certificate):
         kept = Kept(file, {"options": str(self.options), **around.about}, rows, n, processes)
         most = int(processes.max(float(len(x))))
         for first in range(0, most, ROUND):
-            with together(processes), undisturbed(network), torch.autocast(x.device.type, enabled=False):
+            with together(processes), undisturbed(network), float32(x.device):
                 for i in range(first, min(first + ROUND, len(x))):
                     if not kept.states[i]:
                         then = time.process_time()

@@ -64,7 +64,7 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
         everyone = current(device)
         evaluator = Evaluator(
             network, images, cfg.batch_size, split=cfg.split, facts=facts, processes=everyone, progress=progress.report,
-            pictures=True,
+            pictures=True, tf32=cfg.tf32,
         )  # fmt: skip
         if first:
             on = device if everyone.world_size == 1 else f"{everyone.world_size} processes ({device.type})"

@@ -151,7 +151,7 @@ def evaluation_of(
             threat, attacks, losses=list(cfg.evaluation.losses), options=options,
             validation_options={**cfg.evaluation.validation_options},
             deltas=[factor * threat.delta for factor in cfg.evaluation.curve], batch_size=cfg.evaluation.batch_size,
-            records=records, facts=facts, progress=progress,
+            records=records, facts=facts, progress=progress, tf32=cfg.tf32,
         )  # fmt: skip
     except SettingError as error:
         raise SettingError(re.sub(r"(?<!\.)\battack_options\.", "evaluation.attack_options.", str(error))) from error

@@ -23,6 +23,7 @@ from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
+from wdat.precision import describe, float32
 from wdat.records import Facts, Record
 from wdat.threat import ThreatModel, dual_norm, parse_budget, power_mean
 
@@ -107,6 +108,7 @@ class Evaluator:
         progress: Called with a label, steps done and steps in all.
         pictures: Whether records carry examples and histograms.
         classes: Names of the classes, by label, for the examples.
+        tf32: Whether products may use TF32, where the device has it: faster, and too coarse for exact verdicts.
         size: Images in the whole set, over all processes.
         rows: (N,), where this process's images stand in the whole set.
 
@@ -125,6 +127,7 @@ class Evaluator:
     progress: Progress | None = None
     pictures: bool = False
     classes: Sequence[str] | None = None
+    tf32: bool = False
     size: int = field(init=False)
     rows: Tensor = field(init=False)
 
@@ -145,6 +148,7 @@ class Evaluator:
             "stage": self.stage, "split": self.split, "epoch": self.epoch, "device": str(self.images.x.device),
             "n": self.size, "set_size": self.size, **asdict(self.facts),
             "accuracy": hits / self.size, "accuracy_low": low, "accuracy_high": high,
+            "compute": describe(self.network, self.images.x.device, self.images.x.dtype, self.tf32),
         }  # fmt: skip
         return Record(**{**about, **values})
 
@@ -152,7 +156,7 @@ class Evaluator:
         """A, V(0), W(0) and Υ of one loss, from one forward and backward pass [B]."""
         started = time.perf_counter()
         x, y = self.images.x, self.images.y
-        with undisturbed(self.network), torch.autocast(x.device.type, enabled=False):
+        with undisturbed(self.network), float32(x.device, self.tf32):
             clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
         wrong, values = ~correct(clean.logits, y), clean.loss.double()
         totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
@@ -201,7 +205,7 @@ class Evaluator:
 
     def _context(self, attack: Attack, label: str | None = None) -> Context:
         progress = partial(self.progress, label or attack.name) if self.progress else None
-        return Context(processes=self.processes, index=self.rows, progress=progress)
+        return Context(processes=self.processes, index=self.rows, progress=progress, tf32=self.tf32)
 
     def attacked(self, attack: Attack, threat: ThreatModel, spent: float = 0.0, pictures: bool = True) -> Record:
         """Accuracy under one attack, verified.
@@ -230,7 +234,8 @@ class Evaluator:
         if self.pictures and pictures:
             images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
             details["histogram"] = histogram(result.distances, processes=self.processes)
-            details["examples"] = examples(self.network, *images, result, *shared, self.classes)
+            with float32(self.images.x.device, self.tf32):
+                details["examples"] = examples(self.network, *images, result, *shared, self.classes)
         seconds = time.perf_counter() - started
         return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
 
@@ -312,10 +317,11 @@ def evaluate(
     progress: Progress | None = None,
     pictures: bool = False,
     classes: Sequence[str] | None = None,
+    tf32: bool = False,
 ) -> list[Record]:
     """Clean accuracy and accuracy under attacks that share one budget over the whole set.
 
-    Always in the precision of the images (float32), in eval mode; the network is left as it was found.
+    Always in the precision of the images (IEEE float32, not TF32), in eval mode; the network is left as it was found.
 
     Args:
         network: Any module or function that takes images in [0, 1] and gives logits (N, K).
@@ -335,6 +341,7 @@ def evaluate(
         progress: Called with a label, steps done and steps in all.
         pictures: Whether records of the threat's own budget carry examples and histograms.
         classes: Names of the classes, by label, for the examples.
+        tf32: Whether products may use TF32, where the device has it; records tell.
 
     Returns:
         Clean records, one a loss, then one record for each budget, attack and loss.
@@ -356,7 +363,7 @@ def evaluate(
     tensors = loader
     if not isinstance(tensors, ImageTensors):
         tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
-    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes)
+    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes, tf32)
     evaluator = Evaluator(network, tensors, batch_size, *about)
     threats = [threat, *(replace(threat, delta=parse_budget(delta, "deltas")) for delta in deltas)]
     evaluator.check(built, threats, losses)

@@ -24,6 +24,7 @@ from wdat.evaluation.evaluator import Progress
 from wdat.gradients import forward
 from wdat.losses import correct
 from wdat.objectives import Objective, Terms, total
+from wdat.precision import float32
 from wdat.seeding import generator
 from wdat.sensitivity import Batch as BatchSensitivity
 from wdat.sensitivity import Estimator
@@ -195,7 +196,7 @@ class WDATModule(L.LightningModule):
     def _count(self, split: str, batch: Any) -> None:
         x, y = batch[0], batch[1]
         accuracy = cast(MeanMetric, self.accuracy[split])
-        with torch.autocast(self.device.type, enabled=False):  # evaluation is always in float32
+        with float32(self.device):  # evaluation is always in float32
             accuracy.update(correct(forward(self.network, x), y).float())
         self.log(f"{split}/acc_clean", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 

@@ -67,10 +67,11 @@ class ExponentialAveraging(WeightAveraging):
                     "averaging needs save_weights_only=false in the checkpoint callbacks: Lightning would leave the "
                     "average out and save the current weights, which weren't scored"
                 )
+        device = self._device or trainer.strategy.root_device  # the module itself is moved only after this hook
         parts = nn.ModuleDict(dict(pl_module.named_children()))
-        average = AveragedModel(parts, self._device or pl_module.device, use_buffers=self._use_buffers, **self._kwargs)
+        average = AveragedModel(parts, device, use_buffers=self._use_buffers, **self._kwargs)
         average.n_averaged.fill_(1)
-        trainer.precision_plugin.convert_module(average)  # the module itself is converted only after this hook
+        trainer.precision_plugin.convert_module(average)  # as the module itself will be
         self._average_model = average
         self._latest_update_step, self._start_step = trainer.global_step, None
 

@@ -51,6 +51,7 @@ class RobustEvaluation(L.Callback):
         facts: What records say of network, data and seed.
         batch_size: Images per pass.
         progress: Called with a label, steps done and steps in all.
+        tf32: Whether products may use TF32, where the device has it; records tell.
 
     Attributes:
         records: The records, written through to their file.
@@ -74,6 +75,7 @@ class RobustEvaluation(L.Callback):
         facts: Facts | None = None,
         batch_size: int = 512,
         progress: Progress | None = None,
+        tf32: bool = False,
     ) -> None:
         self.threat, self.losses, self.batch_size = threat, tuple(losses), batch_size
         self.attacks = plan(attacks, losses, options, batch_size)
@@ -94,6 +96,7 @@ class RobustEvaluation(L.Callback):
             attack.threat_of(threat)  # refuses an impossible pair before any work
         self.deltas = [parse_budget(delta, "evaluation.deltas") for delta in deltas]
         self.network, self.stage, self.facts, self.progress = network, stage, facts or Facts(), progress
+        self.tf32 = tf32
         self.records = (
             records if isinstance(records, RecordFile) else RecordFile(None if records is None else Path(records))
         )
@@ -180,6 +183,7 @@ class RobustEvaluation(L.Callback):
             processes=processes,
             progress=self.progress,
             pictures=split == "test",
+            tf32=self.tf32,
         )
         if trainer.is_global_zero or self.records.path is None:
             self.records.add(found)

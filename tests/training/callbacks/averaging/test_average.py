@@ -106,3 +106,13 @@ def test_checkpoints_that_would_leave_the_average_out_are_refused(digits, make, 
     trainer = make_trainer(ExponentialAveraging(), checkpoint, enable_checkpointing=True)
     with pytest.raises(SettingError, match="save_weights_only=false"):
         trainer.fit(make(), digits())
+
+
+def test_the_average_is_where_the_module_will_be(make, make_trainer, monkeypatch):
+    """Lightning calls `setup` before it moves the module; `meta` stands for a GPU."""
+    averaging, module = ExponentialAveraging(), make(network=with_batchnorm())
+    trainer = make_trainer(averaging)
+    monkeypatch.setattr(trainer.strategy, "_root_device", torch.device("meta"))
+    averaging.setup(trainer, module, "fit")
+    assert {p.device.type for p in averaging._average_model.parameters()} == {"meta"}
+    assert {b.device.type for b in averaging._average_model.module.buffers()} == {"meta"}
