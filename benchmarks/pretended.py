@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -258,6 +258,7 @@ def accelerator(processes: int = 1) -> Iterator[Counts]:
             "get_rng_state": lambda device=0: torch.get_rng_state(),
             "set_rng_state": lambda state, device=0: None,
             "get_device_name": lambda device=0: "Pretended",
+            "device": lambda device: nullcontext(),
         }
         for name, function in patches.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))

@@ -77,6 +77,10 @@ def test_a_setting_is_told_whatever_it_was_wrapped_in(together):
 
 
 READ = "[/build/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:45: Connection reset by peer. This is advice. 🏖️"
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call failed\nLast error:\n"
+)
 LATE = "[/build/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 4000ms for send operation to complete"
 
 
@@ -85,6 +89,7 @@ LATE = "[/build/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 4000
     [
         (READ, "Read error [127.0.0.1]:45: Connection reset by peer"),
         (LATE, "Timed out waiting 4000ms for send operation to complete"),
+        (NCCL, "NCCL: unhandled system error, ncclSystemError: System call failed; NCCL_DEBUG=INFO tells more"),
         ("Application timeout caused pair closure", "Application timeout caused pair closure"),
     ],
 )

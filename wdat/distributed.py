@@ -102,11 +102,16 @@ class TorchProcesses(Processes):
 def _lost(error: BaseException) -> str | None:
     """What the library says of other processes that it can't reach; None for any other error.
 
-    gloo has no kind of error of its own; its messages begin with the place in its source and end with advice.
+    gloo has no kind of error of its own; its messages begin with the place in its source and end with advice. NCCL's
+    say after the place in its source what failed, and on a later line why.
     """
-    text = str(error).strip().partition("\n")[0]
+    text, _, reason = str(error).strip().partition("\n")
     if isinstance(error, RunError) or not isinstance(error, RuntimeError):
         return None
+    if "NCCL" in text and (isinstance(error, dist.DistError) or "NCCL error" in text):
+        text = re.sub(r"NCCL error in: \S+, *", "NCCL: ", text).partition(", NCCL version")[0]
+        why = reason.strip().partition("\n")[0]
+        return f"{text.partition(' (run with')[0]}{f', {why}' if why else ''}; NCCL_DEBUG=INFO tells more"
     if isinstance(error, dist.DistError) or any(word in text for word in ("gloo/", "by peer", "pair closure")):
         return re.sub(r"^\[\S*\] *", "", text).partition(". ")[0]
     return None

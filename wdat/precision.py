@@ -7,7 +7,7 @@ times the slack that the verdict on an adversarial point allows for rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,15 @@ def float32(device: torch.device, tf32: bool = False) -> Iterator[None]:
     """Products and convolutions of float32 in IEEE float32, without autocast; the settings are restored on exit.
 
     Args:
-        device: Where the products are made.
+        device: Where the products are made; a GPU is the current one inside.
         tf32: Whether they may use TF32 instead: faster, and too coarse for exact verdicts.
     """
-    with torch.autocast(device.type, enabled=False), _products("tf32" if tf32 and device.type == "cuda" else "ieee"):
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # that of compiled kernels too
+    with (
+        current,
+        torch.autocast(device.type, enabled=False),
+        _products("tf32" if tf32 and device.type == "cuda" else "ieee"),
+    ):
         yield
 
 

@@ -168,20 +168,30 @@ def _job(command: str, cfg: DictConfig) -> float | None:
 
 
 def _train(cfg: DictConfig, run_dir: Path) -> list[Record]:
+    from wdat.cli.devices import memory_errors
     from wdat.cli.train import train
     from wdat.distributed import distributed_errors
     from wdat.training import loggers
     from wdat.training.checkpointing import resume_hint
 
-    with loggers.own_run(), distributed_errors(partial(resume_hint, run_dir)):
+    def smaller() -> str:
+        return (
+            "set a smaller data.batch_size, or data.eval_batch_size if it was evaluated (results don't depend on that "
+            f"one), trainer.precision=bf16-mixed, or more trainer.devices; {resume_hint(run_dir)}"
+        )
+
+    with loggers.own_run(), distributed_errors(partial(resume_hint, run_dir)), memory_errors(smaller):
         return train(cfg, run_dir).records
 
 
 def _evaluate(cfg: DictConfig, run_dir: Path) -> list[Record]:
+    from wdat.cli.devices import memory_errors
     from wdat.cli.evaluate import evaluate, show
     from wdat.distributed import distributed_errors
 
-    with distributed_errors(lambda: f"resume with resume={run_dir}"):
+    resume = f"resume with resume={run_dir}"
+    smaller = f"set a smaller batch_size, on which results don't depend; {resume}"
+    with distributed_errors(lambda: resume), memory_errors(lambda: smaller):
         results = evaluate(cfg, run_dir)
     if rank() == 0:
         show(results, run_dir, PlainConsole())

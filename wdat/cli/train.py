@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from wdat import models
 from wdat.cli.build import accepts, build, build_attacks, try_optimizer
-from wdat.cli.launch import one_at_a_time
+from wdat.cli.devices import synchronised, told
+from wdat.cli.launch import device_count, one_at_a_time
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
 from wdat.losses import check_classes
@@ -77,7 +78,6 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     if cfg.pretrain.max_epochs and not resume:
         pretrain(cfg, network, data, threat)
     trained = build(cfg.finetune, "finetune")(network, image_shape=data.image_shape)
-    describe(cfg, network, trained, data)
     if data.pool is not None:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
@@ -85,7 +85,11 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         cfg.optimizer.exempt, notify=notify, progress=progress.report,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
-    trainer: L.Trainer = build(cfg.trainer, "trainer", callbacks=callbacks, logger=logger, plugins=[SafeCheckpointIO()])
+    sync = _synchronised(cfg, network)
+    around = {"callbacks": callbacks, "logger": logger, "plugins": [SafeCheckpointIO()], "sync_batchnorm": sync}
+    trainer: L.Trainer = build(cfg.trainer, "trainer", **around)
+    notify(f"devices {told(trainer, cfg.data.batch_size, network, sync)}")
+    describe(cfg, network, trained, data)
     trainer.precision_plugin.convert_module(module)  # Lightning does so only after it has restored the weights
     dashboard.begin(trainer.loggers, cfg)
 
@@ -185,8 +189,15 @@ def pretrain(cfg: DictConfig, network: nn.Module, data: L.LightningDataModule, t
     trainer: L.Trainer = build(
         cfg.trainer, "trainer", max_epochs=cfg.pretrain.max_epochs, limit_val_batches=0, logger=False,
         enable_checkpointing=False, callbacks=[WorkProgress("plain training, epoch")],
+        sync_batchnorm=_synchronised(cfg, network),
     )  # fmt: skip
     trainer.fit(module, data)
+
+
+def _synchronised(cfg: DictConfig, network: nn.Module) -> bool:
+    world_size = device_count(cfg.trainer.accelerator, cfg.trainer.devices) * cfg.trainer.num_nodes
+    on_gpus = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return synchronised(cfg.trainer, network, world_size, on_gpus)
 
 
 def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any) -> None:
