@@ -55,9 +55,9 @@ class Timed(Table):
 
     seconds = 0.0
 
-    def observe(self, index: torch.Tensor | None, norms: torch.Tensor) -> None:
+    def take(self, rows: torch.Tensor | None, norms: torch.Tensor) -> None:
         started = time.perf_counter()
-        super().observe(index, norms)
+        super().take(rows, norms)
         self.upsilon()
         self.seconds += time.perf_counter() - started
 

@@ -138,7 +138,8 @@ class TrainingSteps:
         first = N_TRAIN - self.size // 2 if self.pool else 0
         rows = device_tensor(torch.arange(first, first + self.size))
         batch = Batch(
-            *images(self.size, step), rows, device_tensor(torch.arange(self.size)), self.size, step,
+            *images(self.size, step), rows, device_tensor(torch.arange(self.size)),
+            self.size * self.processes, step,
             rows >= N_TRAIN if self.pool else None,
         )  # fmt: skip
         outputs = self.module.training_step(batch, step)

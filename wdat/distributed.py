@@ -45,6 +45,20 @@ class Processes:
         """All processes' rows, in the order of their ranks; the numbers of rows may differ."""
         return values
 
+    def to_host(self, values: Tensor, most: int | None = None) -> Tensor:
+        """All processes' rows on the CPU, in the order of their ranks.
+
+        Args:
+            values: (N, k), float64, this process's rows.
+            most: The most rows that any process has, where that is known: then one collective operation will do.
+        """
+        return self.gather(values).cpu()
+
+    def total(self, values: Tensor) -> tuple[Tensor, list[float]]:
+        """Sum of a vector (n,), float64, over the processes, where it is and on the host, which waits for it once."""
+        sums = self.sum(values.tolist())
+        return values if self.world_size == 1 else values.new_tensor(sums), sums
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every process where any has an error, so that none is left waiting for the others.
 
@@ -86,6 +100,24 @@ class TorchProcesses(Processes):
 
     def max(self, value: float) -> float:
         return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def total(self, values: Tensor) -> tuple[Tensor, list[float]]:
+        summed = values.clone()
+        with distributed_errors():
+            dist.all_reduce(summed)
+            return summed, [float(v) for v in summed.tolist()]
+
+    def to_host(self, values: Tensor, most: int | None = None) -> Tensor:
+        if most is None:
+            return super().to_host(values)
+        padded = values.new_zeros((most + 1, values.shape[1]))  # the last row says how many count
+        padded[: values.shape[0]] = values
+        padded[most] = values.shape[0]
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        with distributed_errors():
+            dist.all_gather(parts, padded)
+            host = torch.stack(parts).cpu()
+        return torch.cat([part[: int(part[most, 0])] for part in host])
 
     def gather(self, values: Tensor) -> Tensor:
         counts = [int(c) for c in self.sum([float(values.shape[0]) * (r == self.rank) for r in range(self.world_size)])]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wdat.losses import Loss
+from wdat.threat import per_image
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, ret
     """
     values = loss(logits, target)
     (gradient,) = torch.autograd.grad(values.sum(), images, retain_graph=retain_graph)
+    if gradient.device.type != "cpu":  # without asking the device
+        finite = gradient.flatten(1).isfinite().all(1)
+        gradient = torch.where(per_image(finite, gradient).bool(), gradient, 0.0)
+        return Gradients(gradient, values.detach(), logits.detach(), finite)
     finite = gradient.flatten(1).sum(1).isfinite()  # one pass; a finite gradient's sum overflows at most rarely
     if not bool(finite.all()):
         finite = gradient.flatten(1).isfinite().all(1)
@@ -103,7 +108,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in network.modules()]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, buffer.clone(), _version(buffer))
         for module in network.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
@@ -119,14 +124,20 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         with torch.no_grad():
-            for module, name, buffer, _ in buffers:
+            for module, name, buffer, *_ in buffers:
                 setattr(module, name, buffer)
-            # Only what has changed is written, because a graph may hold the others; one look at the device for all.
-            changed = [(buffer != saved).any() for _, _, buffer, saved in buffers]
-            if changed and bool(torch.stack(changed).any()):
-                for (_, _, buffer, saved), differs in zip(buffers, changed, strict=True):
-                    if differs:
-                        buffer.copy_(saved)
+            # Only what has changed is written, because a graph may hold the others.
+            for _, _, buffer, saved, version in buffers:
+                if (version is None or version != buffer._version) and bool((buffer != saved).any()):
+                    buffer.copy_(saved)
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often a tensor on a device was written to, which needs no look at its values.
+
+    None for tensors that don't count, and on the CPU, where a look costs little and also finds what `.data` hides.
+    """
+    return None if buffer.device.type == "cpu" or buffer.is_inference() else buffer._version
 
 
 def ordinary(*tensors: Tensor) -> tuple[Tensor, ...]:

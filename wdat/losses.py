@@ -37,9 +37,9 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
     return predictions(logits) == labels
 
 
-def nonfinite(logits: Tensor) -> int:
-    """How many rows of logits (N, K) have a logit that isn't finite; their images count as misclassified."""
-    return int((~logits.isfinite().all(1)).sum())
+def nonfinite(logits: Tensor) -> Tensor:
+    """How many rows of logits (N, K) have a logit that isn't finite, (); their images count as misclassified."""
+    return (~logits.isfinite().all(1)).sum()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

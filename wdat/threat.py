@@ -63,16 +63,22 @@ def dual_norm(g: Tensor, norm: str) -> Tensor:
 
 
 def _l2(flat: Tensor) -> Tensor:
+    """Lengths of rows, also where squares of small and large values leave the range of float32."""
+    if flat.device.type != "cpu":  # without asking the device
+        exact: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+        return exact.to(flat.dtype)
     length: Tensor = torch.linalg.vector_norm(flat, dim=1)
-    odd = _odd(length)
-    if bool(odd.any()):  # squares of small and large values have left the range of float32
-        wide: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-        length = torch.where(odd, wide.to(flat.dtype), length)
+    odd = _odd(length, flat)
+    if len(odd):
+        wide: Tensor = torch.linalg.vector_norm(flat[odd], dim=1, dtype=torch.float64)
+        length = length.index_copy(0, odd, wide.to(flat.dtype))
     return length
 
 
-def _odd(length: Tensor) -> Tensor:
-    return ~((length > 1e-15) & (length < 1e15))
+def _odd(length: Tensor, flat: Tensor) -> Tensor:
+    """Indices of the rows whose squares may have left the range of float32; rows of zeros haven't."""
+    rows = (~((length > 1e-15) & (length < 1e15))).nonzero().squeeze(1)
+    return rows[flat[rows].any(1)] if len(rows) else rows
 
 
 def direction(g: Tensor, norm: str) -> Tensor:
@@ -82,11 +88,13 @@ def direction(g: Tensor, norm: str) -> Tensor:
     """
     if norm == "linf":
         return g.sign()
-    length = image_norm(g, norm)
-    if bool(_odd(length).any()):  # divide by the largest entry first, so that tiny gradients keep their direction
-        largest = per_image(g.flatten(1).abs().amax(1), g)
+    flat = g.flatten(1)
+    length = torch.linalg.vector_norm(flat, dim=1) if g.device.type == "cpu" else None
+    if length is None or len(_odd(length, flat)):
+        # Divide by the largest entry first, so that tiny gradients keep their direction.
+        largest = per_image(flat.abs().amax(1), g)
         g = torch.where(largest > 0, g / largest, 0.0)
-        length = image_norm(g, norm)
+        length = torch.linalg.vector_norm(g.flatten(1), dim=1)
     return g / per_image(torch.where(length > 0, length, 1.0), g)
 
 

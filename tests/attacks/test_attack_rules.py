@@ -72,6 +72,27 @@ def test_an_attack_that_cheats_is_caught(problem, how, training):
         _Cheat(CHEATS[how])(network, x, y, THREAT, Context(training=training))
 
 
+@pytest.mark.parametrize("how", list(CHEATS))
+def test_an_attack_that_cheats_is_caught_by_who_is_left_to_ask(problem, how):
+    network, x, y = problem(dtype=torch.float32)
+
+    def ask():
+        found = _Cheat(CHEATS[how])(network, x, y, THREAT, Context(training=True, deferred=True)).verification
+        assert float(found.broken) == 1
+        found.verify()
+
+    with pytest.raises(ConstraintError, match="cheat"):
+        ask()
+
+
+def test_an_honest_attack_has_nothing_to_ask_about(problem):
+    network, x, y = problem(dtype=torch.float32)
+    for name in GRADIENT:
+        result = _attack(name)(network, x, y, THREAT, Context(training=True, deferred=True))
+        assert float(result.verification.broken) == 0
+        result.verification.verify()
+
+
 @pytest.mark.parametrize("n", [2, 5000])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_honest_rounding_is_no_breach(n, norm):

@@ -85,7 +85,7 @@ def test_one_pass_asks_for_originals_and_a_sample_of_the_pool():
 def test_passes_every_few_steps_are_fresh_and_batches_tell_nothing():
     made = measured(mixture(Table(), size=50, every=3))
     before = made.upsilon()
-    made.originals.observe = lambda index, norms: None
+    made.originals.take = lambda rows, norms: None
     made.observe(torch.tensor([0, N + 1]), torch.tensor([1.0, 1e6]))
     assert made.upsilon() == before
     assert [made.wanted(step) is None for step in (1, 2, 3)] == [True, True, False]
@@ -98,7 +98,7 @@ def test_passes_every_few_steps_are_fresh_and_batches_tell_nothing():
 def test_the_originals_are_told_of_originals_alone():
     made = measured(mixture(Table()))
     told = []
-    made.originals.observe = lambda index, norms: told.append((index.tolist(), norms.tolist()))
+    made.originals.take = lambda rows, norms: told.append((rows.tolist(), norms.tolist()))
     made.observe(torch.tensor([N + 3, 7, N, 2]), torch.tensor([3.0, 0.7, 0.0, 0.2]))
     assert told == [([7, 2], pytest.approx([0.7, 0.2]))]
     with pytest.raises(RuntimeError, match="index"):

@@ -52,13 +52,13 @@ def capped_radii(norms: Tensor, sample: Sample, threat: ThreatModel, radius_max:
         Radii (N,), in the dtype of `norms`.
     """
     q, p = threat.q, threat.p
-    n, order = sample.values.detach().double().sort(descending=True)
+    n, order = sample.values.detach().double().cpu().sort(descending=True)
     largest = float(n[0]) if n.numel() else 0.0
     if largest == 0 or threat.delta == 0:
         return torch.zeros_like(norms)
     u = (n / largest) ** q
     bound = (radius_max / threat.delta) ** p  # r_max^p in units of δ^p
-    weights = torch.ones_like(u) if sample.counts is None else sample.counts[order]
+    weights = torch.ones_like(u) if sample.counts is None else sample.counts.cpu()[order]
     tail = (weights * u).flip(0).cumsum(0).flip(0)  # Σ_{i ≥ k} u_i
     k = weights.cumsum(0) - weights
     left = weights.sum() - k * bound  # budget left for the others, in units of δ^p

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -34,10 +35,13 @@ class Context:
         noise: Draws (N, ...), the start offset of uniform radii, as TRADES has it; None starts at the images.
         uniform: Draws (N,) in [0, 1), one number for each image, where radii are drawn.
         log_clean: (N, K), clean log-probabilities in eval mode, where the caller already has them.
+        most: The most images that any process has in this call, where that is known.
         clean_pass: The images with `requires_grad` and the logits in eval mode that the network made of them, where
             the caller has a graph from which the gradient at the clean images can be taken; it is retained.
         tf32: Whether an evaluation's products may use TF32.
         training: Return the last iterate without looking back: no verdict, no best iterate.
+        deferred: In training, leave the verification to the caller, who asks `AttackResult.verification` of the device
+            together with what else it wants to know, before any update.
         progress: Called after each step with the number of steps done and of all steps.
     """
 
@@ -47,9 +51,11 @@ class Context:
     noise: Callable[[], Tensor] | None = None
     uniform: Callable[[], Tensor] | None = None
     log_clean: Tensor | None = None
+    most: int | None = None
     clean_pass: tuple[Tensor, Tensor] | None = None
     tf32: bool = False
     training: bool = False
+    deferred: bool = False
     progress: Callable[[int, int], None] | None = None
 
 
@@ -63,7 +69,7 @@ class Moved:
         length: Bound on the W_p length of these images (over all processes); None where the radii bound them alone.
         loss_mean: Largest mean loss on the trajectory, None in training.
         norms: (N,), dual norms at the clean images; None where no clean gradient was taken.
-        dropped: Images of this process without a finite gradient.
+        dropped: Images of this process without a finite gradient, a number or a tensor ().
         details: What only this attack knows, for records; keys as in `wdat.evaluation.details`.
     """
 
@@ -72,33 +78,51 @@ class Moved:
     length: float | None = None
     loss_mean: float | None = None
     norms: Tensor | None = None
-    dropped: int = 0
+    dropped: Tensor | int = 0
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether an attack has kept to its threat model, not yet asked of the device.
+
+    Attributes:
+        broken: (), 1 if there is something to look at, float64, on the device of the images.
+        verify: Looks at it.
+
+    Raises:
+        ConstraintError: `verify`, if the attack left its threat model.
+    """
+
+    broken: Tensor
+    verify: Callable[[], None]
 
 
 @dataclass(frozen=True)
 class AttackResult:
     """A verified perturbation of a set of images.
 
+
     Attributes:
         x_adv: (N, ...), in [0, 1], this process's part.
         distances: (N,), ‖x'_i − x_i‖_r in pixel units.
-        distance: W_p length of the whole set's move, over all processes.
+        distance: W_p length of the whole set's move, over all processes; None in training.
         radii: (N,), the radius granted to each image, or None where only the set is bounded.
         threat: The attack's own threat (p = inf for `fgsm` and `pgd`).
         norms: (N,), dual norms at the clean images, or None where no clean gradient was taken.
         loss_mean: Largest mean loss on the trajectory; None in training.
         set_size: Images that shared the budget, over all processes (in training: this process's images).
-        dropped: Images left out of the allocation because their gradient was not finite, likewise.
+        dropped: Images left out of the allocation because their gradient was not finite; 0 in training.
         accuracy: Accuracy of the whole set at `x_adv`, in [0, 1]; None in training.
         correct: (N,), bool, this process's part; None in training.
         nonfinite: Images of the whole set whose logits at `x_adv` aren't finite, which counts as misclassified.
         details: What only this attack knows; keys as in `wdat.evaluation.details`.
+        verification: What is still to be asked, where that was left to the caller; else None.
     """
 
     x_adv: Tensor
     distances: Tensor
-    distance: float
+    distance: float | None
     radii: Tensor | None
     threat: ThreatModel
     norms: Tensor | None
@@ -109,6 +133,7 @@ class AttackResult:
     correct: Tensor | None = None
     nonfinite: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    verification: Verification | None = None
 
 
 NONFINITE = "{}: {} of {} images have logits that are not finite; they count as misclassified"
@@ -128,16 +153,16 @@ def check_images(network: nn.Module, x: Tensor, y: Tensor) -> None:
         raise SettingError(f"labels must be int64 of shape ({len(x)},), not {tuple(y.shape)} of {y.dtype}")
     if not x.numel():
         return
-    if not (float(x.min()) >= 0 and float(x.max()) <= 1):
+    low, high = torch.stack(x.aminmax()).tolist()
+    if not (low >= 0 and high <= 1):
         raise SettingError(
-            f"images must lie in [0, 1], not [{float(x.min()):g}, {float(x.max()):g}]; "
-            "divide uint8 by 255 and normalise inside the network"
+            f"images must lie in [0, 1], not [{low:g}, {high:g}]; divide uint8 by 255 and normalise inside the network"
         )
     classes = classes_of(network, x)
-    if not (int(y.min()) >= 0 and int(y.max()) < classes):
+    first, last = torch.stack(y.aminmax()).tolist()
+    if not (first >= 0 and last < classes):
         raise SettingError(
-            f"labels must lie in 0 to {classes - 1}, the network's classes (data.num_classes), "
-            f"not {int(y.min())} to {int(y.max())}"
+            f"labels must lie in 0 to {classes - 1}, the network's classes (data.num_classes), not {first} to {last}"
         )
 
 
@@ -199,21 +224,30 @@ class Attack(ABC):
         # Training attacks in the caller's precision, evaluation always in that of the images.
         with undisturbed(network), nullcontext() if context.training else float32(x.device, context.tf32):
             moved = self._run(network, x, y, own, context)
-            with together(context.processes):
-                distances = _verified_distances(self.name, x, moved, own)
-            length = own.length(distances, context.processes)
-            _verify_length(self.name, x, moved, length)
+            check = partial(_verify, self.name, x, moved)
+            with nullcontext() if context.deferred else together(context.processes):
+                _check_form(self.name, x, moved)
+                distances = own.distances(x, moved.x_adv)
+                if not context.deferred:
+                    check(distances)
+            length = None
+            if not context.training or moved.length is not None:
+                length = own.length(distances, context.processes)
+                _verify_length(self.name, x, moved, length)
             result = AttackResult(
                 x_adv=moved.x_adv, distances=distances, distance=length, radii=moved.radii, threat=own,
-                norms=moved.norms, loss_mean=moved.loss_mean, set_size=len(x), dropped=moved.dropped,
-                details=moved.details,
+                norms=moved.norms, loss_mean=moved.loss_mean, set_size=len(x), dropped=0, details=moved.details,
             )  # fmt: skip
+            if context.deferred:
+                unasked = Verification(_suspect(x, moved, distances), partial(check, distances))
+                return replace(result, verification=unasked)
             if context.training:
                 return result
             logits = forward(network, moved.x_adv, self.batch_size)
             verdict = correct(logits, y)
-        counts = [int(verdict.sum()), len(x), moved.dropped, nonfinite(logits)]
-        hits, n, dropped, broken = context.processes.sum(list(map(float, counts)))
+        left_out = moved.dropped if isinstance(moved.dropped, Tensor) else y.new_full((), moved.dropped)
+        counts = torch.stack([verdict.sum(), left_out, nonfinite(logits)]).tolist()
+        hits, dropped, broken, n = context.processes.sum([*map(float, counts), float(len(x))])
         if n == 0:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
         if dropped:
@@ -270,26 +304,40 @@ def _rounding(x: Tensor) -> float:
     return float(4 * torch.finfo(x.dtype).eps * x.shape[1:].numel() ** 0.5)
 
 
-def _verified_distances(name: str, x: Tensor, moved: Moved, threat: ThreatModel) -> Tensor:
-    """How far each image was moved; trusts nothing that the attack says about `x_adv`."""
+def _check_form(name: str, x: Tensor, moved: Moved) -> None:
     x_adv = moved.x_adv
     if x_adv.shape != x.shape:
         raise ConstraintError(f"{name} returned {tuple(x_adv.shape)} for images {tuple(x.shape)}")
     if moved.radii is None and moved.length is None:
         raise ConstraintError(f"{name} states no bound that its images could be verified against")
-    distances = threat.distances(x, x_adv)
-    if not x_adv.numel():
-        return distances
-    low, high = float(x_adv.min()), float(x_adv.max())
+
+
+def _measured(moved: Moved, distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest pixel, and by how much an image was moved beyond its radius at most; each ()."""
+    low, high = moved.x_adv.aminmax()
+    excess = low.new_zeros(()) if moved.radii is None else (distances - moved.radii * (1 + TOLERANCE)).amax()
+    return low, high, excess.to(low.dtype)
+
+
+def _suspect(x: Tensor, moved: Moved, distances: Tensor) -> Tensor:
+    """1 where `_verify` has something to look at, else 0; (), float64."""
+    if not moved.x_adv.numel():
+        return x.new_zeros((), dtype=torch.float64)
+    low, high, excess = _measured(moved, distances)
+    return (~((low >= 0) & (high <= 1) & (excess <= _rounding(x)))).double()  # NaN too
+
+
+def _verify(name: str, x: Tensor, moved: Moved, distances: Tensor) -> None:
+    """Compare each image's move with what the attack may do; trusts nothing that it says about `x_adv`."""
+    if not moved.x_adv.numel():
+        return
+    low, high, excess = torch.stack(_measured(moved, distances)).tolist()
     if not (low >= 0 and high <= 1):  # false for NaN too
         if bool(x.isnan().any()):
-            return distances  # not the attack's fault; training looks at the loss, evaluation at the images
+            return  # not the attack's fault; training looks at the loss, evaluation at the images
         raise ConstraintError(f"{name} returned pixels in [{low:g}, {high:g}], outside [0, 1]")
-    if moved.radii is not None:
-        excess = float((distances - moved.radii * (1 + TOLERANCE)).max())
-        if not excess <= _rounding(x):
-            raise ConstraintError(f"{name} moved an image {excess:g} beyond its radius")
-    return distances
+    if not excess <= _rounding(x):
+        raise ConstraintError(f"{name} moved an image {excess:g} beyond its radius")
 
 
 def _verify_length(name: str, x: Tensor, moved: Moved, length: float) -> None:

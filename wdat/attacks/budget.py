@@ -61,7 +61,7 @@ class WPGDBudget(GradientAttack):
             start = origin + context.noise()  # type: ignore[misc]  # not None in this branch
             first = move(start, input_gradients(network, start, target, self._loss, self.batch_size).gradient)
         z, loss_mean = self._ascend(network, first, y, target, move, context)
-        dropped = 0 if clean is None else int((~clean.finite).sum())
+        dropped = 0 if clean is None else (~clean.finite).sum()
         return Moved(_put(z, rows, x), radii, self._share(threat, context), loss_mean, norms, dropped)
 
     def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:

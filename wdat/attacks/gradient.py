@@ -68,7 +68,7 @@ class GradientAttack(Attack):
         norms = self._quantity(clean, threat)
         sensitivity = context.sensitivity or Sensitivity(threat.q, context.processes)
         if self.by_distance or not threat.is_pointwise:
-            sensitivity.observe(context.index, norms)
+            sensitivity.observe(context.index, norms, context.most)
         if not threat.is_pointwise and not self.by_distance and sensitivity.upsilon() == 0:
             warnings.warn(f"{self.name}: every gradient is zero (Υ = 0), so no image moves", stacklevel=4)
         return clean, norms, sensitivity
@@ -96,8 +96,8 @@ class GradientAttack(Attack):
 
         def look(logits: Tensor, loss: Tensor) -> None:
             nonlocal best, lowest, loss_mean
-            right = correct(logits, y).sum()
-            hits, total, n = context.processes.sum([float(right), float(loss.double().sum()), float(len(y))])
+            found = torch.stack([correct(logits, y).sum().double(), loss.double().sum()]).tolist()
+            hits, total, n = context.processes.sum([*found, float(len(y))])
             loss_mean = max(loss_mean, total / max(n, 1))
             if hits / max(n, 1) < lowest:
                 lowest, best = hits / max(n, 1), x

@@ -54,4 +54,4 @@ class WPGD(GradientAttack):
             return moved
 
         z, loss_mean = self._ascend(network, move(x, clean.gradient), y, target, move, context)
-        return Moved(z, None, share, loss_mean, norms, int((~clean.finite).sum()))
+        return Moved(z, None, share, loss_mean, norms, (~clean.finite).sum())

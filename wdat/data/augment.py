@@ -39,7 +39,7 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor, padding: int = 
         (B, C, H, W), same dtype and device as `images`.
     """
     _, channels, height, width = images.shape
-    shifts, flips = shifts.to(images.device), flips.to(images.device)
+    shifts, flips = (drawn.to(images.device, non_blocking=True) for drawn in (shifts, flips))
     rows = shifts[:, :1] + torch.arange(height, device=images.device)
     columns = shifts[:, 1:] + torch.arange(width, device=images.device)
     columns = torch.where(flips[:, None], columns.flip(1), columns)

@@ -86,7 +86,7 @@ class LabelledImages(Dataset[Batch], ABC):
             draws: The choices for the whole global batch, of which those at `plan.position` are used; None for none.
         """
         device = self.labels.device
-        index, position = plan.index.to(device), plan.position.to(device)
+        index, position = (rows.to(device, non_blocking=True) for rows in (plan.index, plan.position))
         x, y = self.rows_of(index, None if draws is None else draws.at(plan.position))
         return Batch(x.to(torch.float32) / 255, y, index, position, plan.size, plan.step, self.synthetic(index))
 

@@ -224,7 +224,7 @@ class Evaluator:
         values: dict[str, Any] = {
             "attack": attack.name, "options": options, "loss": loss, "norm": threat.norm,
             "p": result.threat.p, "delta": result.threat.delta,
-            "loss_mean": result.loss_mean, "distance": result.distance, "dropped": result.dropped,
+            "loss_mean": result.loss_mean, "distance": result.distance or 0.0, "dropped": result.dropped,
             "nonfinite": result.nonfinite,
         }  # fmt: skip
         details = dict(result.details)

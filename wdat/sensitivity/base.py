@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from wdat.distributed import ALONE, Processes
@@ -37,8 +38,14 @@ class Sensitivity:
         self.processes = processes
         self._values: Tensor | None = None
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
-        """Take in dual norms (N,) that the attack has just computed for the images `index` of the training set."""
+    def observe(self, index: Tensor | None, norms: Tensor, most: int | None = None) -> None:
+        """Take in dual norms that the attack has just computed.
+
+        Args:
+            index: (N,), rows of the images in the training set, each at most once in a global batch.
+            norms: (N,), their dual norms.
+            most: The most images that any process hands in, where that is known.
+        """
         self._values = norms.detach()
 
     def sample(self) -> Sample | None:
@@ -77,6 +84,25 @@ class Estimator(Sensitivity):
             distances: Whether the values are distances to the boundary rather than dual norms.
         """
         self.n_train, self.q, self.seed, self.processes = n_train, q, seed, processes
+
+    def observe(self, index: Tensor | None, norms: Tensor, most: int | None = None) -> None:
+        """Bring together what all processes observe, in one collective operation and one wait, and take it in."""
+        norms = norms.detach()
+        if self.processes.world_size == 1 and norms.device.type == "cpu":
+            self.take(None if index is None else index.cpu(), norms)
+            return
+        # Numbers below 2^53 are whole in float64.
+        columns = [norms.double()] if index is None else [norms.double(), index.to(norms.device).double()]
+        found = self.processes.to_host(torch.stack(columns, 1), most)
+        self.take(None if index is None else found[:, 1].long(), found[:, 0].to(norms.dtype))
+
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
+        """Take in what all processes have observed together.
+
+        Args:
+            rows: (N,), rows in the training set, on the CPU.
+            norms: (N,), their fresh dual norms, on the CPU.
+        """
 
     def wanted(self, step: int) -> Tensor | None:
         """Rows of the training set to measure before this step, the same on all processes; None for none."""

@@ -21,8 +21,8 @@ class Batch(Estimator):
     name = "batch"
     of_batches = True
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
-        self._values = self.processes.gather(norms.detach())
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
+        self._values = norms
 
     def sample(self) -> Sample | None:
         return None if self._values is None else Sample(self._values)
@@ -48,8 +48,8 @@ class Ema(Batch):
         self.rate = rate
         self._log_power: float | None = None  # log Υ^q; the power itself overflows at q far from 1
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
-        fresh = power_mean(norms, self.q, self.processes)
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
+        fresh = power_mean(norms, self.q)
         log_fresh = self.q * math.log(fresh) if fresh > 0 else -math.inf
         if self._log_power is None or self.rate == 1:
             self._log_power = log_fresh
@@ -93,10 +93,13 @@ class Exact(Batch):
         return torch.arange(self.n_train)
 
     def measured(self, index: Tensor, norms: Tensor) -> None:
-        self._values = norms.detach()
+        self._values = norms.detach().cpu()
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
+    def observe(self, index: Tensor | None, norms: Tensor, most: int | None = None) -> None:
         """The batch tells nothing that the pass didn't."""
+
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
+        """Likewise."""
 
 
 class Subsample(Exact):

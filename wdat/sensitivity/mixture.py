@@ -78,23 +78,22 @@ class Mixture(Estimator):
             self._norms, self._labels = self._norms[:0], self._labels[:0]
             self._keep(*drawn, len(drawn[0]))
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
         """Hand the originals' norms on; keep those of the synthetic images (all processes' together).
 
         Args:
-            index: (N,), rows in the training set, and behind them in the pool.
+            rows: (N,), rows in the training set, and behind them in the pool.
             norms: (N,), their fresh dual norms.
 
         Raises:
             RuntimeError: If the batch doesn't say which images it holds.
         """
-        if index is None:
+        if rows is None:
             raise RuntimeError("the mixture needs to know which images are observed (index)")
-        own, drawn = self._divided(index, norms.detach())
-        self.originals.observe(*own)
+        own, drawn = self._divided(rows, norms)
+        self.originals.take(*own)
         if self.every is None:
-            rows, fresh = drawn
-            self._keep(self.processes.gather(rows), self.processes.gather(fresh), self.size)
+            self._keep(*drawn, self.size)
 
     def _divided(self, index: Tensor, norms: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Rows and norms of the originals, and of the pool's images."""

@@ -108,20 +108,19 @@ class Table(Estimator):
         self._count(self._histogram.order)
         self._unit = self.upsilon() or 1.0
 
-    def observe(self, index: Tensor | None, norms: Tensor) -> None:
+    def take(self, rows: Tensor | None, norms: Tensor) -> None:
         """Refresh the batch's entries (all processes' together) and the gain.
 
         Args:
-            index: (N,), rows in the training set, each at most once in a global batch.
+            rows: (N,), rows in the training set, each at most once in a global batch.
             norms: (N,), their fresh dual norms.
 
         Raises:
             RuntimeError: If the table wasn't filled, or the batch doesn't say which images it holds.
         """
-        if index is None or self._stored is None:
+        if rows is None or self._stored is None:
             raise RuntimeError("the table needs to be filled (measured) and to know which images are observed (index)")
-        rows = self.processes.gather(index).cpu()
-        fresh = self.processes.gather(norms.detach()).double().cpu()
+        fresh = norms.double()
         old = self._stored[rows]
         if self._follow:
             self._correct(fresh / math.exp(self._log_gain), old.double())

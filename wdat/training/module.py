@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from wdat.attacks import Attack
+from wdat.attacks.base import Verification
 from wdat.data.batch import Batch
-from wdat.distributed import Processes, current
+from wdat.distributed import Processes, current, together
 from wdat.errors import RunError, SettingError
 from wdat.evaluation.evaluator import Progress
 from wdat.gradients import forward
@@ -130,7 +131,7 @@ class WDATModule(L.LightningModule):
         step = Step(self.network, batch, *about)
         terms = self.objective(self.network, batch, step)
         loss = total(terms)
-        means = self._log_terms(batch, loss, terms, processes)
+        means = self._log_terms(batch, loss, terms, step.verifications, processes)
         if self._attack_expected and step.result is None and self.attack is not None:
             self.notify(f"this objective has no distributional term, so attack={self.attack.name} is not used")
         self._attack_expected = False
@@ -147,21 +148,30 @@ class WDATModule(L.LightningModule):
             self._modes_agree = modes_agree(self.network, x)
         return self._modes_agree
 
-    def _log_terms(self, batch: Batch, loss: Tensor, terms: Terms, processes: Processes) -> dict[str, float]:
+    def _log_terms(
+        self, batch: Batch, loss: Tensor, terms: Terms, verifications: Sequence[Verification], processes: Processes
+    ) -> dict[str, float]:
         """Log the averages over the global batch, and stop all processes where they aren't finite.
+
+        Everything that the host has to know of a step it reads here, at once.
 
         Raises:
             RunError: If the loss isn't finite; nothing has been updated yet.
+            ConstraintError: If an attack left its threat model, likewise.
         """
         own = {"loss": loss, **{f"loss_{name}": term.values.mean() for name, term in terms.items()}}
-        mine: list[float] = torch.stack([value.detach() for value in own.values()]).double().tolist()
-        sums = processes.sum([value * len(batch.y) / batch.size for value in mine])
+        mine = torch.stack([value.detach() for value in own.values()]).double() * len(batch.y) / batch.size
+        broken = [check.broken for check in verifications]
+        summed, sums = processes.total(torch.cat([mine, *(flag.view(1) for flag in broken)]))
+        if any(sums[len(own) :]):
+            with together(processes):
+                for check in verifications:
+                    check.verify()
         if not all(map(math.isfinite, sums)):
-            raise RunError(not_finite(self.network, batch, mine[0]))
-        means = dict(zip(own, sums, strict=True))
-        for key, value in means.items():
+            raise RunError(not_finite(self.network, batch, float(loss)))
+        for key, value in zip(own, summed.float(), strict=False):
             self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
-        return means
+        return dict(zip(own, sums, strict=False))
 
     def _measure(self, step: int) -> None:
         """Measure the dual norms that the estimator wants before this step, on all processes together."""

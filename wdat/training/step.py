@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from wdat.attacks import Attack, AttackResult, Context
+from wdat.attacks.base import Verification
 from wdat.data.batch import Batch
 from wdat.distributed import Processes
 from wdat.errors import DIVERGED, SettingError
 from wdat.gradients import is_compiled, undisturbed
 from wdat.losses import log_probabilities
-from wdat.seeding import generator
+from wdat.seeding import normal, uniform
 from wdat.sensitivity import Estimator
 from wdat.threat import ThreatModel
 
@@ -42,6 +43,7 @@ class Step:
 
     Attributes:
         result: What the distributional attack did; None if nobody has asked for it.
+        verifications: What is still to be asked of the attacks that have run.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Step:
         self.network, self.batch, self.threat, self.attack = network, batch, threat, attack
         self.sensitivity, self.measure, self.modes_agree = sensitivity, measure, modes_agree
         self.result: AttackResult | None = None
+        self.verifications: list[Verification] = []
         self._logits: Tensor | None = None
         noise, uniform = partial(start_noise, seed, batch), partial(radius_draws, seed, batch)
-        self._context = Context(processes, noise=noise, uniform=uniform, training=True)
+        most = -(-batch.size // processes.world_size)
+        self._context = Context(processes, noise=noise, uniform=uniform, most=most, training=True, deferred=True)
 
     def logits(self) -> Tensor:
         """Logits (B, K) of the clean images in train mode, with gradients."""
@@ -78,13 +82,19 @@ class Step:
                 self.measure()
             context = self._shared(with_logits, gradient=not self.attack.is_uniform(self.threat))
             context = replace(context, sensitivity=self.sensitivity, index=self.batch.index)
-            self.result = self.attack(self.network, self.batch.x, self.batch.y, self.threat, context)
+            self.result = self._attacked(self.attack, self.threat, context)
         return self.result.x_adv
 
     def pointwise(self, attack: Attack, delta: float | None = None, with_logits: bool = False) -> Tensor:
         """Images (B, C, H, W) moved by another attack at p = inf, x_p."""
         threat, context = self.threat.pointwise(delta), self._shared(with_logits, gradient=False)
-        return attack(self.network, self.batch.x, self.batch.y, threat, context).x_adv
+        return self._attacked(attack, threat, context).x_adv
+
+    def _attacked(self, attack: Attack, threat: ThreatModel, context: Context) -> AttackResult:
+        result = attack(self.network, self.batch.x, self.batch.y, threat, context)
+        if result.verification is not None:
+            self.verifications.append(result.verification)
+        return result
 
     @property
     def divides(self) -> bool:
@@ -109,15 +119,13 @@ class Step:
 
 def start_noise(seed: int, batch: Batch) -> Tensor:
     """The random start (B, C, H, W) of uniform radii: a function of the seed, the step and the position [T]."""
-    draws = torch.randn(
-        (batch.size, *batch.x.shape[1:]), generator=generator(seed, "noise", batch.step), dtype=torch.float32
-    )
-    return (START_NOISE * draws[batch.position.cpu()]).to(batch.x)
+    draws = normal(seed, "noise", batch.step, batch.position, batch.x.shape[1:].numel())
+    return (START_NOISE * draws).view_as(batch.x).to(batch.x)
 
 
 def radius_draws(seed: int, batch: Batch) -> Tensor:
     """One number in [0, 1) for each image, (B,): a function of the seed, the step and the position."""
-    return torch.rand(batch.size, generator=generator(seed, "radii", batch.step))[batch.position.cpu()].to(batch.x)
+    return uniform(seed, "radii", batch.step, batch.position).to(batch.x.dtype)
 
 
 def modes_agree(network: nn.Module, x: Tensor) -> bool:

@@ -9,7 +9,8 @@ from torch import nn
 
 from wdat import models
 from wdat.attacks.budget import PGD, WPGDBudget
-from wdat.seeding import generator
+from wdat.errors import ConstraintError
+from wdat.seeding import normal
 from wdat.sensitivity import Table
 
 pytestmark = QUIET
@@ -109,6 +110,26 @@ def test_noise_is_that_of_the_seed_and_the_step(data, precision):
     spy = Spy(loss="kl", steps=2)
     fit(module_for(small_cnn(), attack=spy), data, 3, precision=precision)
     context, x, _ = spy.seen
-    wanted = 0.001 * torch.randn(x.shape, generator=generator(SEED, "noise", 2))
+    wanted = 0.001 * normal(SEED, "noise", 2, torch.arange(len(x)), x[0].numel()).view_as(x)
     torch.testing.assert_close(context.noise().float(), wanted)
     assert context.training
+
+
+class Cheat(WPGDBudget):
+    """Moves one image twice as far as it may."""
+
+    def _run(self, *arguments):
+        moved = super()._run(*arguments)
+        moved.x_adv = moved.x_adv.clone()
+        moved.x_adv[0] = (arguments[1][0] + 3 * moved.radii[0] * (arguments[1][0] < 0.5)).clamp(0, 1)
+        return moved
+
+
+def test_an_attack_that_leaves_its_radius_is_caught_before_any_update(data):
+    network = small_cnn()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    module = module_for(network, attack=Cheat(loss="kl", steps=2), sensitivity=Table())
+    with pytest.raises(ConstraintError, match="beyond its radius"):
+        fit(module, data, 2)
+    for key, value in network.state_dict().items():
+        assert torch.equal(before[key], value), key

@@ -14,7 +14,7 @@ from torch import nn
 from wdat.attacks import build
 from wdat.data import ImageDataModule
 from wdat.objectives import TRADES, WDAT
-from wdat.seeding import generator
+from wdat.seeding import normal
 from wdat.threat import ThreatModel
 
 pytestmark = QUIET
@@ -30,7 +30,7 @@ def textbook_trades(network, batches, steps, threat, inner=4, step_size=0.25, be
         network.eval()
         with torch.no_grad():
             clean = F.log_softmax(network(x), dim=1)
-        noise = torch.randn(x.shape, generator=generator(SEED, "noise", step)).to(dtype)
+        noise = normal(SEED, "noise", step, torch.arange(len(x)), x[0].numel()).view_as(x).to(dtype)
         x_adv = x + 0.001 * noise[batches[step].position]
         for _ in range(inner):
             x_adv = x_adv.detach().requires_grad_()
