@@ -31,6 +31,7 @@ from wdat.objectives import TRADES, WDAT, Objective
 from wdat.sensitivity import Batch as BatchNorms
 from wdat.sensitivity import Ema, Estimator, Exact, Subsample, Table, with_pool
 from wdat.training.module import WDATModule
+from wdat.training.requests import Requests
 from wdat.training.schedulers import Constant
 
 DELTA = {"linf": 8 / 255, "l2": 0.5}
@@ -94,6 +95,7 @@ class TrainingSteps:
         size: Images of this process in a batch.
         processes: As `accelerator` has it.
         pool: Whether half of the images are of a synthetic pool.
+        requests: What is asked of the other processes.
     """
 
     attack: str
@@ -103,6 +105,7 @@ class TrainingSteps:
     size: int = 16
     processes: int = 1
     pool: bool = False
+    requests: Requests | None = None
 
     def __post_init__(self) -> None:
         options: dict[str, Any] = {"loss": "kl", "steps": self.inner, "step_size": 0.25}
@@ -121,7 +124,15 @@ class TrainingSteps:
         torch.manual_seed(0)
         network = lend(SmallNetwork())
         self.module = WDATModule(
-            network, objective, attack, threat, estimator, torch.optim.SGD, Constant(), notify=lambda text: None
+            network,
+            objective,
+            attack,
+            threat,
+            estimator,
+            torch.optim.SGD,
+            Constant(),
+            notify=lambda text: None,
+            requests=self.requests,
         )
         self.module._device = CUDA
         self.module.log = lambda *arguments, **given: None  # type: ignore[method-assign]

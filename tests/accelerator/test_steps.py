@@ -7,14 +7,16 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.pretended import CUDA, accelerator, device_tensor, lend
+from benchmarks.pretended import COUNTS, CUDA, accelerator, device_tensor, lend
 from benchmarks.waits import DELTA, ESTIMATORS, SmallNetwork, TrainingSteps, images
 from wdat import ThreatModel
 from wdat.attacks import ATTACKS, Context, build
 from wdat.distributed import current
 from wdat.evaluation import ImageTensors, evaluate
+from wdat.training.requests import SAVE, Requests, asked_by_any
 
 TRAIN = ("wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "knapsack_budget", "critical", "critical_draw")
+EVALUATE = [name for name in ATTACKS if name != "autoattack" and (name not in TRAIN or name in ("pgd", "wpgd"))]
 CHOICES = [
     (attack, estimator)
     for attack, estimator in itertools.product((*TRAIN, "trades"), ESTIMATORS)
@@ -37,12 +39,48 @@ def test_a_training_step_mixes_no_devices(attack, estimator, norm):
             assert torch.isfinite(loss.raw)
 
 
+def third_step(attack, norm, processes, **options):
+    """Counts of a step for which what is done once is done, by the number of its inner steps."""
+    step = TrainingSteps(attack, norm, inner=options.pop("inner", 10), processes=processes, **options)
+    for number in (1, 2):
+        step(number)
+    COUNTS.clear()
+    return step(3)
+
+
 @pytest.mark.parametrize("norm", DELTA)
-@pytest.mark.parametrize("attack", [*(name for name in ATTACKS if name not in TRAIN or name in ("pgd", "wpgd"))])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("attack", ["wpgd_budget", "knapsack_budget", "critical_draw", "trades"])
+def test_a_training_step_hardly_waits(attack, processes, norm):
+    """However many inner steps: at most six waits and two collective operations."""
+    with accelerator(processes) as counts:
+        third_step(attack, norm, processes, inner=3)
+        assert counts.waits.total() <= 6, waits(counts)
+        assert counts.collectives.total() == (2 if processes == 2 else 0), dict(counts.collectives)
+        few = counts.totals()
+        third_step(attack, norm, processes, inner=6)
+        assert (counts.totals()[0], counts.totals()[2]) == (few[0], few[2]), waits(counts)
+
+
+def test_a_step_carries_requests_to_the_other_processes():
+    requests = Requests()
+    with accelerator(2) as counts:
+        step = TrainingSteps("wpgd_budget", "linf", inner=2, processes=2, requests=requests)
+        assert asked_by_any(step(1)) == frozenset()
+        requests.ask(SAVE)
+        requests.ask("SIGTERM")
+        counts.clear()
+        assert asked_by_any(step(2)) == {SAVE, "SIGTERM"}
+        assert counts.collectives.total() == 2, "those that it makes anyway"
+        assert asked_by_any(step(3)) == frozenset(), "what was carried isn't asked for again"
+    with accelerator():
+        assert asked_by_any(TrainingSteps("wpgd_budget", "linf", inner=2, requests=requests)(1)) is None
+
+
+@pytest.mark.parametrize("norm", DELTA)
+@pytest.mark.parametrize("attack", EVALUATE)
 def test_an_evaluation_mixes_no_devices(attack, norm):
     """All of an evaluation, with pictures, on two processes of which one has no images, and on one."""
-    if attack == "autoattack":
-        pytest.skip("pyautoattack's own tensors can't be pretended")
     options = {"knapsack": {"effort": "quick"}}.get(attack, {"steps": 2})
     threat = ThreatModel(2, norm, DELTA[norm])
     for processes in (1, 2):

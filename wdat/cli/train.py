@@ -36,6 +36,7 @@ from wdat.training.callbacks import RobustEvaluation, WorkProgress
 from wdat.training.checkpointing import SafeCheckpointIO
 from wdat.training.module import WDATModule
 from wdat.training.optimizers import peak_rate
+from wdat.training.requests import Requests
 from wdat.training.schedulers import Cosine
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "64-true", "64")
@@ -63,7 +64,11 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     facts = Facts(models.title(cfg.model), models.checkpoint_of(cfg.model), data.name, cfg.seed)
     progress = WorkProgress()
     evaluation = evaluation_of(cfg, threat, attack, results, facts, progress.report)
-    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items()]
+    requests = Requests()
+    callbacks = [
+        build(node, f"callbacks.{name}", **({"requests": requests} if accepts(node, "requests") else {}))
+        for name, node in cfg.callbacks.items()
+    ]
     callbacks += [build(cfg.averaging, "averaging"), evaluation, progress]
 
     redrawn = cfg.finetune.get("init") == "reset_head" and accepts(cfg.model, "new_head")
@@ -82,7 +87,7 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
         sensitivity = with_pool(sensitivity, data.pool, data.pool_share, data.synthetic.sample, data.synthetic.every)
     module = WDATModule(
         network, objective, attack, threat, sensitivity, optimizer, scheduler, models.keep_frozen_in_eval, cfg.seed,
-        cfg.optimizer.exempt, notify=notify, progress=progress.report,
+        cfg.optimizer.exempt, notify=notify, progress=progress.report, requests=requests,
     )  # fmt: skip
     callbacks = [callback for callback in callbacks if callback is not None]
     sync = _synchronised(cfg, network)

@@ -32,6 +32,7 @@ from wdat.sensitivity import Estimator
 from wdat.threat import ThreatModel
 from wdat.training.norms import training_norms
 from wdat.training.optimizers import decay_groups
+from wdat.training.requests import NAMES, Requests
 from wdat.training.step import Step, modes_agree, not_finite
 
 
@@ -40,7 +41,8 @@ class WDATModule(L.LightningModule):
 
     `training_step` returns a mapping, which callbacks find in `outputs`: `loss`; `terms`, their means over the global
     batch by their names in the log; `attack_result` of the distributional attack, None where the objective doesn't ask
-    for it; `upsilon`, a function that gives Υ, None where the attack doesn't divide its budget by it.
+    for it; `requests`, what any process asks for, None in one process; `upsilon`, a function that gives Υ, None where
+    the attack doesn't divide its budget by it.
 
     Args:
         network: Takes images in [0, 1], gives logits (N, K). Parameters to train have `requires_grad`.
@@ -56,6 +58,7 @@ class WDATModule(L.LightningModule):
         exempt: What has no weight decay, of `norm` and `bias`.
         notify: Told, on the first process, of what a user should know.
         progress: Told of passes over the training images within a step.
+        requests: What this process may ask the others for; each step carries it to them.
 
     Raises:
         SettingError: If the attack can't have this threat.
@@ -75,6 +78,7 @@ class WDATModule(L.LightningModule):
         exempt: Sequence[str] = (),
         notify: Callable[[str], None] = rank_zero_warn,
         progress: Progress | None = None,
+        requests: Requests | None = None,
     ) -> None:
         super().__init__()
         if attack is not None:
@@ -84,6 +88,7 @@ class WDATModule(L.LightningModule):
         self.sensitivity = sensitivity or BatchSensitivity()
         self.make_optimizer, self.scheduler, self.exempt = optimizer, scheduler, tuple(exempt)
         self.keep_eval, self.seed, self.notify, self.progress = keep_eval, seed, notify, progress
+        self.requests = requests
         self.accuracy = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self._modes_agree: bool | None = None
         self._attack_expected = attack is not None
@@ -131,7 +136,7 @@ class WDATModule(L.LightningModule):
         step = Step(self.network, batch, *about)
         terms = self.objective(self.network, batch, step)
         loss = total(terms)
-        means = self._log_terms(batch, loss, terms, step.verifications, processes)
+        means, requests = self._told(batch, loss, terms, step.verifications, processes)
         if self._attack_expected and step.result is None and self.attack is not None:
             self.notify(f"this objective has no distributional term, so attack={self.attack.name} is not used")
         self._attack_expected = False
@@ -140,6 +145,7 @@ class WDATModule(L.LightningModule):
             "loss": loss * share if share != 1 else loss,
             "terms": means,
             "attack_result": step.result,
+            "requests": requests,
             "upsilon": self.sensitivity.upsilon if step.divides else None,
         }
 
@@ -148,12 +154,15 @@ class WDATModule(L.LightningModule):
             self._modes_agree = modes_agree(self.network, x)
         return self._modes_agree
 
-    def _log_terms(
+    def _told(
         self, batch: Batch, loss: Tensor, terms: Terms, verifications: Sequence[Verification], processes: Processes
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], frozenset[str] | None]:
         """Log the averages over the global batch, and stop all processes where they aren't finite.
 
-        Everything that the host has to know of a step it reads here, at once.
+        Everything that the host has to know of a step, of all processes, it reads here at once.
+
+        Returns:
+            The averages, and what any process asks for; None where no other one could.
 
         Raises:
             RunError: If the loss isn't finite; nothing has been updated yet.
@@ -161,9 +170,12 @@ class WDATModule(L.LightningModule):
         """
         own = {"loss": loss, **{f"loss_{name}": term.values.mean() for name, term in terms.items()}}
         mine = torch.stack([value.detach() for value in own.values()]).double() * len(batch.y) / batch.size
-        broken = [check.broken for check in verifications]
-        summed, sums = processes.total(torch.cat([mine, *(flag.view(1) for flag in broken)]))
-        if any(sums[len(own) :]):
+        shared = self.requests if processes.world_size > 1 else None
+        asked = torch.tensor(shared.taken() if shared else [], dtype=torch.float64).to(mine.device, non_blocking=True)
+        broken = [check.broken.view(1) for check in verifications]
+        summed, sums = processes.total(torch.cat([mine, asked, *broken]))
+        flags = sums[len(mine) :]
+        if any(flags[len(asked) :]):
             with together(processes):
                 for check in verifications:
                     check.verify()
@@ -171,7 +183,8 @@ class WDATModule(L.LightningModule):
             raise RunError(not_finite(self.network, batch, float(loss)))
         for key, value in zip(own, summed.float(), strict=False):
             self.log(f"train/{key}", value, on_step=True, on_epoch=False, prog_bar=key == "loss")
-        return dict(zip(own, sums, strict=False))
+        requests = frozenset(name for name, flag in zip(NAMES, flags, strict=False) if flag) if shared else None
+        return dict(zip(own, sums, strict=False)), requests
 
     def _measure(self, step: int) -> None:
         """Measure the dual norms that the estimator wants before this step, on all processes together."""

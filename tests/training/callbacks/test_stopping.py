@@ -12,6 +12,7 @@ import torch
 
 from wdat.errors import SettingError, Stopped
 from wdat.training.callbacks import GracefulStop, LastCheckpoint
+from wdat.training.requests import Requests
 
 
 class Send(L.Callback):
@@ -119,3 +120,52 @@ def test_the_last_checkpoint_is_written_each_epoch_and_by_the_clock_but_never_af
 def test_negative_minutes_are_named():
     with pytest.raises(SettingError, match=r"callbacks\.last_checkpoint\.minutes=-1"):
         LastCheckpoint("last.ckpt", minutes=-1)
+
+
+class Told(L.LightningModule):
+    """Its steps carry what another process asks for."""
+
+    def __init__(self, *asked):
+        super().__init__()
+        self.weight, self.asked = torch.nn.Parameter(torch.zeros(())), asked
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(len(self.asked), 1))
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.weight.square(), "requests": frozenset(self.asked[batch_idx])}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_process_does_what_another_asks_for_without_a_sum_of_its_own(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("wdat.distributed.Processes.max", lambda self, value: pytest.fail("a sum of its own"))
+    saved, requests = [], Requests()
+
+    class Note(LastCheckpoint):
+        def _save(self, trainer):
+            saved.append(trainer.global_step)
+
+    callbacks = (Note(tmp_path / "last.ckpt", requests=requests), GracefulStop(tmp_path / "last.ckpt", "RUN", requests))
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3") as stop:
+        make_trainer(*callbacks, enable_checkpointing=True).fit(Told([], ["save"], ["SIGTERM"], []))
+    assert stop.value.number == signal.SIGTERM
+    assert saved == [2]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_the_clock_and_a_signal_ask_all_processes(digits, make_module, make_trainer, tmp_path):
+    requests, taken = Requests(), []
+
+    class Take(L.Callback):
+        def on_train_batch_end(self, *_):
+            taken.append(requests.taken())
+
+    callbacks = (
+        LastCheckpoint(tmp_path / "last.ckpt", minutes=0, requests=requests), Send(signal.SIGINT, step=1), Take(),
+        GracefulStop(tmp_path / "last.ckpt", "RUN", requests),
+    )  # fmt: skip
+    with pytest.raises(Stopped):
+        make_trainer(*callbacks, enable_checkpointing=True).fit(make_module(), digits())
+    assert taken == [[1, 0, 0], [1, 1, 0]]

@@ -14,6 +14,7 @@ from wdat.distributed import current
 from wdat.errors import Stopped
 from wdat.terminal import PlainConsole
 from wdat.training.checkpointing import resume_hint
+from wdat.training.requests import Requests, asked_by_any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,10 +29,12 @@ class GracefulStop(L.Callback):
     Args:
         path: Where to save.
         resume: The folder to name in what the user is told.
+        requests: Where it asks the other processes, which the module carries to them; None makes a sum of its own
+            after each step.
     """
 
-    def __init__(self, path: str | Path, resume: str | Path) -> None:
-        self.path, self.resume = Path(path), Path(resume)
+    def __init__(self, path: str | Path, resume: str | Path, requests: Requests | None = None) -> None:
+        self.path, self.resume, self.requests = Path(path), Path(resume), requests
         self._signal = 0
         self._stop: Stopped | None = None
         self._old: dict[int, Any] = {}
@@ -48,21 +51,33 @@ class GracefulStop(L.Callback):
             self._release()
             raise Stopped(number, f"stopped by {signal.Signals(number).name} at once; {resume_hint(self.resume)}")
         self._signal = number
+        if self.requests is not None:
+            self.requests.ask(signal.Signals(number).name)
         if self._speaks:
             name = signal.Signals(number).name
             PlainConsole(stderr=True).print(f"{name}: stopping after this step (once more: at once)")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save here unless the epoch's evaluation follows."""
-        if not trainer.is_last_batch:
-            self._save_if_asked(trainer, pl_module)
+        told = asked_by_any(outputs)
+        if trainer.is_last_batch:
+            return
+        if told is None:
+            self._save_if_asked(trainer, self._agreed(pl_module))
+        else:
+            numbers = [int(number) for number in SIGNALS if number.name in told]
+            self._save_if_asked(trainer, max(numbers, default=0))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save here after the epoch's evaluation."""
-        self._save_if_asked(trainer, pl_module)
+        self._save_if_asked(trainer, self._agreed(pl_module))
 
-    def _save_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        asked = int(current(pl_module.device).max(float(self._signal)))
+    def _agreed(self, pl_module: L.LightningModule) -> int:
+        return int(current(pl_module.device).max(float(self._signal)))
+
+    def _save_if_asked(self, trainer: L.Trainer, asked: int) -> None:
         if not asked:
             return
         trainer.save_checkpoint(self.path)
