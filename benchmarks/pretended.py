@@ -253,7 +253,8 @@ def accelerator(processes: int = 1) -> Iterator[Counts]:
     """
     COUNTS.clear()
     with ExitStack() as stack:
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
         patches = {
             "get_rng_state": lambda device=0: torch.get_rng_state(),
             "set_rng_state": lambda state, device=0: None,

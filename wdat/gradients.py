@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,16 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
 def is_compiled(network: nn.Module) -> bool:
     """Whether `network.compile()` was called."""
     return getattr(network, "_compiled_call_impl", None) is not None
+
+
+def eager(network: nn.Module) -> AbstractContextManager[object]:
+    """Inside, a compiled network runs as it is written: evaluations and trials would need graphs of their own."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(network) else nullcontext()
+
+
+def device_of(network: nn.Module, x: Tensor) -> torch.device:
+    """Where a network's parameters are; where x is if it has none."""
+    return next((parameter.device for parameter in network.parameters()), x.device)
 
 
 def gradients_of(images: Tensor, logits: Tensor, target: Tensor, loss: Loss, retain_graph: bool = False) -> Gradients:

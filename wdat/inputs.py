@@ -101,7 +101,7 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
     if any(is_lazy(tensor) for tensor in chain(network.parameters(), network.buffers())):
         raise SettingError(f"{name} has lazy layers without weights: call network(torch.zeros{shape}) once before")
     image = x[:1].detach().clone().requires_grad_(True)
-    with undisturbed(network), float32(image.device):
+    with undisturbed(network), float32(network, image):
         try:
             out = network(image.clone())
         except (torch.OutOfMemoryError, SettingError):

@@ -11,20 +11,25 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from wdat.gradients import device_of, eager
 
 
 @contextmanager
-def float32(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """Products and convolutions of float32 in IEEE float32, without autocast; the settings are restored on exit.
+def float32(network: nn.Module, x: Tensor, tf32: bool = False) -> Iterator[None]:
+    """Products and convolutions of float32 in IEEE float32, without autocast or compiled code; restored on exit.
 
     Args:
-        device: Where the products are made; a GPU is the current one inside.
-        tf32: Whether they may use TF32 instead: faster, and too coarse for exact verdicts.
+        network: Runs where its parameters are; if that is a GPU, it is the current one inside.
+        x: Its images, which tell where a network without parameters runs.
+        tf32: Whether products may use TF32 instead: faster, and too coarse for exact verdicts.
     """
+    device = device_of(network, x)
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # that of compiled kernels too
     with (
         current,
+        eager(network),
         torch.autocast(device.type, enabled=False),
         _products("tf32" if tf32 and device.type == "cuda" else "ieee"),
     ):
@@ -58,22 +63,20 @@ def _products(wanted: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def describe(network: nn.Module, device: torch.device, dtype: torch.dtype, tf32: bool = False) -> dict[str, Any]:
+def describe(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> dict[str, Any]:
     """What a record says of how its numbers were computed.
 
     Args:
-        network: Whether it is compiled is told.
         device: Where it runs.
         dtype: Of the images.
         tf32: Whether products may use TF32.
 
     Returns:
-        `name` of the GPU, `precision`, `tf32` and `compiled`; the name is `CPU` without a GPU, where there is no TF32.
+        `name` of the GPU, `precision` and `tf32`; the name is `CPU` without a GPU, where there is no TF32.
     """
     gpu = device.type == "cuda"
     return {
         "name": torch.cuda.get_device_name(device) if gpu else "CPU",
         "precision": str(dtype).removeprefix("torch."),
         "tf32": tf32 and gpu,
-        "compiled": getattr(network, "_compiled_call_impl", None) is not None,
     }

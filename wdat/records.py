@@ -123,7 +123,7 @@ class Record:
         dropped: Images left out because their gradient was not finite.
         nonfinite: Images whose logits were not finite, at the images that the accuracy is of; they count as wrong.
         details: What only some attacks know, in plain values; `wdat.evaluation.details` lists the keys.
-        compute: How the numbers were computed: `name` of the GPU, `precision`, `tf32` and `compiled`.
+        compute: How the numbers were computed: `name` of the GPU, `precision` and `tf32`.
     """
 
     stage: str

@@ -222,7 +222,7 @@ class Attack(ABC):
                 check_images(network, x, y)
                 own.check(x.shape[1:])
         # Training attacks in the caller's precision, evaluation always in that of the images.
-        with undisturbed(network), nullcontext() if context.training else float32(x.device, context.tf32):
+        with undisturbed(network), nullcontext() if context.training else float32(network, x, context.tf32):
             moved = self._run(network, x, y, own, context)
             check = partial(_verify, self.name, x, moved)
             with nullcontext() if context.deferred else together(context.processes):

@@ -86,7 +86,7 @@ class Knapsack(Attack):
             previous: What the same search found for smaller budgets.
         """
         (x, y), context = ordinary(x, y), context or Context()
-        with undisturbed(network), float32(x.device, context.tf32):
+        with undisturbed(network), float32(network, x, context.tf32):
             return self._search(network, x, y, norm, context, threats, previous)
 
     def prepared(

@@ -338,7 +338,7 @@ def margin_bound(network: nn.Module, image: Tensor, label: int, radius: float, n
     Raises:
         SettingError: If the network uses an operation that isn't known to be affine or a ReLU.
     """
-    with undisturbed(network), float32(image.device):
+    with undisturbed(network), float32(network, image):
         crown = _CrownPass(image.unsqueeze(0), radius, norm, rows)
         logits = crown.run(network)
         return float(crown.lower(logits, _margins(logits.shape[1], label, image)).min())
@@ -348,7 +348,7 @@ def relu_bounds(
     network: nn.Module, image: Tensor, radius: float, norm: str, rows: int = ROWS
 ) -> list[tuple[Tensor, Tensor]]:
     """Lower and upper bounds (1, ...) of the inputs of each ReLU on the ball, in the order of the forward pass."""
-    with undisturbed(network), float32(image.device):
+    with undisturbed(network), float32(network, image):
         crown = _CrownPass(image.unsqueeze(0), radius, norm, rows)
         crown.run(network)
     return [(r.low, r.up) for r in crown.relaxations]

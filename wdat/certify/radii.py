@@ -303,7 +303,7 @@ def _recent_ratio(radii: Tensor, near: Tensor, states: Tensor) -> float:
 
 def _linear(network: nn.Module, x: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     """Margins (N,), NaN where logits aren't finite, and linearised distances (N,), image by image, on the CPU."""
-    with undisturbed(network), float32(x.device):
+    with undisturbed(network), float32(network, x):
         found = input_gradients(network, x, y, margin, 1)
     clean = torch.where(found.logits.isfinite().all(1), -found.loss, torch.nan).double()
     return clean.cpu(), (clean / dual_norm(found.gradient, norm).double().clamp_min(1e-12)).clamp_min(0).cpu()

@@ -136,7 +136,7 @@ class Smoothing(Certificate):
         kept = Kept(file, {"options": str(self.options), **around.about}, rows, n, processes)
         most = int(processes.max(float(len(x))))
         for first in range(0, most, ROUND):
-            with together(processes), undisturbed(network), float32(x.device):
+            with together(processes), undisturbed(network), float32(network, x):
                 for i in range(first, min(first + ROUND, len(x))):
                     if not kept.states[i]:
                         then = time.process_time()

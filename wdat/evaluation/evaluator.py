@@ -20,7 +20,7 @@ from wdat.errors import SettingError, unknown
 from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.statistics import bootstrap_interval
-from wdat.gradients import input_gradients, ordinary, undisturbed
+from wdat.gradients import device_of, input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
 from wdat.precision import describe, float32
@@ -87,11 +87,6 @@ def positions(images: ImageTensors, processes: Processes) -> tuple[Tensor, int]:
     return torch.searchsorted(rows, images.index), size
 
 
-def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters are; the CPU if it has none."""
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
-
-
 @dataclass(frozen=True)
 class Evaluator:
     """A network and a whole set of images, ready to be attacked; each call gives one record.
@@ -144,11 +139,12 @@ class Evaluator:
     def record(self, hits: int, **values: Any) -> Record:
         """A record on this set, from the number of images classified correctly and what else is known."""
         low, high = bootstrap_interval(hits, self.size)
+        device = device_of(self.network, self.images.x)
         about: dict[str, Any] = {
-            "stage": self.stage, "split": self.split, "epoch": self.epoch, "device": str(self.images.x.device),
+            "stage": self.stage, "split": self.split, "epoch": self.epoch, "device": str(device),
             "n": self.size, "set_size": self.size, **asdict(self.facts),
             "accuracy": hits / self.size, "accuracy_low": low, "accuracy_high": high,
-            "compute": describe(self.network, self.images.x.device, self.images.x.dtype, self.tf32),
+            "compute": describe(device, self.images.x.dtype, self.tf32),
         }  # fmt: skip
         return Record(**{**about, **values})
 
@@ -156,7 +152,7 @@ class Evaluator:
         """A, V(0), W(0) and Υ of one loss, from one forward and backward pass [B]."""
         started = time.perf_counter()
         x, y = self.images.x, self.images.y
-        with undisturbed(self.network), float32(x.device, self.tf32):
+        with undisturbed(self.network), float32(self.network, x, self.tf32):
             clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
         wrong, values = ~correct(clean.logits, y), clean.loss.double()
         totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
@@ -234,7 +230,7 @@ class Evaluator:
         if self.pictures and pictures:
             images, shared = (self.images.x, self.images.y), (self.rows, self.processes)
             details["histogram"] = histogram(result.distances, processes=self.processes)
-            with float32(self.images.x.device, self.tf32):
+            with float32(self.network, self.images.x, self.tf32):
                 details["examples"] = examples(self.network, *images, result, *shared, self.classes)
         seconds = time.perf_counter() - started
         return self.record(hits=round((result.accuracy or 0.0) * self.size), **values, seconds=seconds, details=details)
@@ -362,7 +358,7 @@ def evaluate(
     built = plan(attacks, losses, options, batch_size)
     tensors = loader
     if not isinstance(tensors, ImageTensors):
-        tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
+        tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network, torch.empty(0)))
     about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes, tf32)
     evaluator = Evaluator(network, tensors, batch_size, *about)
     threats = [threat, *(replace(threat, delta=parse_budget(delta, "deltas")) for delta in deltas)]

@@ -219,7 +219,7 @@ class WDATModule(L.LightningModule):
     def _count(self, split: str, batch: Any) -> None:
         x, y = batch[0], batch[1]
         accuracy = cast(MeanMetric, self.accuracy[split])
-        with float32(self.device):  # evaluation is always in float32
+        with float32(self.network, x):  # evaluation is always in float32
             accuracy.update(correct(forward(self.network, x), y).float())
         self.log(f"{split}/acc_clean", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 

@@ -15,7 +15,7 @@ from wdat.attacks.base import Verification
 from wdat.data.batch import Batch
 from wdat.distributed import Processes
 from wdat.errors import DIVERGED, SettingError
-from wdat.gradients import is_compiled, undisturbed
+from wdat.gradients import eager, is_compiled, undisturbed
 from wdat.losses import log_probabilities
 from wdat.seeding import normal, uniform
 from wdat.sensitivity import Estimator
@@ -135,7 +135,7 @@ def modes_agree(network: nn.Module, x: Tensor) -> bool:
     """
     flags = [(module, module.training) for module in network.modules()]
     devices = [x.device] if x.device.type == "cuda" else []
-    with undisturbed(network), torch.no_grad(), torch.random.fork_rng(devices):
+    with undisturbed(network), eager(network), torch.no_grad(), torch.random.fork_rng(devices):
         evaluated = network(x)
         for module, training in flags:
             module.training = training
@@ -145,7 +145,7 @@ def modes_agree(network: nn.Module, x: Tensor) -> bool:
 def not_finite(network: nn.Module, batch: Batch, loss: float) -> str:
     """What is known of a loss that isn't finite on this process's part of the batch, and what to try."""
     rows = batch.index.tolist()
-    with undisturbed(network), torch.no_grad():
+    with undisturbed(network), eager(network), torch.no_grad():
         fine = network(batch.x).isfinite().all(1)
     broken = batch.index[~fine].tolist()
     if len(broken) == len(rows):
