@@ -178,6 +178,30 @@ def test_training_and_its_attacks_run_in_bf16_and_evaluation_in_float32(pretrain
     assert seen["validation"] == {"train": set(), "eval": {torch.float32}}
 
 
+def test_the_last_layer_of_what_is_trained_is_exact_under_bf16(pretrained):
+    """Of the same bf16 features: float64 products differ from float32 ones by rounding, from bf16 ones by 2^-9."""
+    network, plain = copy.deepcopy(pretrained), copy.deepcopy(pretrained)
+    names = models.prepare(network)
+    assert names == [name for name, _ in plain.named_parameters()]
+    assert list(network.state_dict()) == list(plain.state_dict())
+    x = torch.rand(32, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = []
+        head = models.find_head(network)[1]
+        hook = head.register_forward_pre_hook(lambda module, given: features.append(given[0]))
+        sharp, coarse = network(x), plain(x)
+        hook.remove()
+    wanted = torch.nn.functional.linear(
+        features[0].double(), head.weight.detach().double(), head.bias.detach().double()
+    )
+    assert (features[0].dtype, sharp.dtype, coarse.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    size = float(wanted.abs().max())
+    assert float((sharp - wanted).abs().max()) < 1e-5 * size
+    assert float((coarse - wanted).abs().max()) > 1e-3 * size
+    with torch.no_grad():
+        assert torch.equal(network(x), plain(x))
+
+
 def test_every_local_network_accepts_the_layout():
     for name in LOCAL:
         network = models.accelerate(models.load_network(name), channels_last=True)

@@ -12,7 +12,7 @@ from wdat import errors, seeding
 from wdat.errors import SettingError, check_real
 from wdat.gradients import undisturbed
 from wdat.models.local import seeded
-from wdat.models.speed import accelerate
+from wdat.models.speed import accelerate, precise
 
 TRAINABLE = ("all", "head")
 INIT = ("none", "reset_head", "perturb")
@@ -49,7 +49,8 @@ def prepare(
         compile: Likewise.
 
     Returns:
-        Names of the parameters that are trained. A network that writes into its images gets copies from now on.
+        Names of the parameters that are trained. From now on a network that writes into its images gets copies, and
+        its last linear layer computes in the precision of its weights also under autocast.
 
     Raises:
         SettingError: An unknown choice, a negative scale, no last linear layer, or nothing to train.
@@ -74,6 +75,8 @@ def prepare(
         raise SettingError("no parameter is left to train (finetune.trainable): every parameter is frozen")
     if _writes_into_its_input(network, image_shape):
         network.register_forward_pre_hook(_copies)
+    with contextlib.suppress(SettingError):  # not every network ends with a linear layer
+        precise(network, find_head(network, image_shape)[0])
     accelerate(network, channels_last, compile)
     return names
 
