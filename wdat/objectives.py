@@ -119,6 +119,14 @@ class Objective(ABC):
         if self.smooth not in SMOOTH:
             raise unknown("choice of labels", self.smooth, SMOOTH, "objective.smooth")
 
+    def check(self, attack: Attack | None) -> None:
+        """Refuse a distributional attack that makes no sense here.
+
+        Raises:
+            SettingError: With the one that does.
+        """
+        return
+
     @abstractmethod
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         """The terms on one process's part of a batch; perturbed images pass through the network here.
@@ -336,6 +344,13 @@ class DualAscent(Objective):
         check_real("objective.order", self.order, "[1, inf)", hint)
         _check_factor("beta_clean", self.beta_clean)
         check_whole("objective.points", self.points, 1, "each costs a forward pass; 4 are usual")
+
+    def check(self, attack: Attack | None) -> None:
+        if attack is None or attack.name != "critical":
+            name = attack.name if attack else "none"
+            raise SettingError(
+                f"attack={name}: objective=dual_ascent goes to the critical distance, set attack=critical"
+            )
 
     def __call__(self, network: nn.Module, batch: Batch, context: StepContext) -> Terms:
         x, moved = batch.x, context.distributional()
