@@ -62,7 +62,7 @@ def kl(order: str, radius: float = 0.1) -> tuple[str, ...]:
     return "reweighting=kl", f"reweighting.order={order}", f"reweighting.radius={radius:g}"
 
 
-SR3, FAST = kl("uniform_weights", 0.3), "optimizer.lr=2.5η"
+FAST = "optimizer.lr=2.5η"
 
 METHODS = {
     "pgd_at": Method("PGD-AT, CE", {r: pgd_at(f"{r}δ") for r in RADII}),
@@ -94,36 +94,13 @@ METHODS = {
         "PGD-AT, GCE with q = 0.8, SR-WDRO",
         {r: (*pgd_at(f"{r}δ"), "objective.gce_q=0.8", *kl("uniform_weights")) for r in RADII[1:]},
     ),
-    "gce_armor": Method("PGD-AT, GCE, ARMOR", {r: (*pgd_at(f"{r}δ"), GCE, *kl("weights_uniform")) for r in RADII[1:]}),
-    "mart_gce_sr": Method(
-        "MART, β = 5, GCE, SR-WDRO", {r: (*mart(f"{r}δ"), GCE, *kl("uniform_weights")) for r in RADII[1:]}
-    ),
-    "draw_gce_sr": Method(
-        "drawn radii, GCE, SR-WDRO",
-        {
-            r: (*at_attack("critical_draw"), f"threat.delta={r}δ", GCE, *kl("uniform_weights"))
-            for r in ("0.7", "1", "1.4", "2")
-        },
-    ),
     "dual": Method("dual ascent, β = 1", {r: dual_ascent(f"{r}δ") for r in BUDGETS}),
     "dual_light": Method("dual ascent, β = 0.25", {r: dual_ascent(f"{r}δ", 0.25) for r in BUDGETS}),
-    "mart_gce": Method("MART, β = 5, GCE with q = 0.5", {r: (*mart(f"{r}δ"), GCE) for r in RADII[:3]}),
-    "trades_gce": Method("TRADES, β = 3, GCE with q = 0.5", {r: (*trades(f"{r}δ", 3), GCE) for r in RADII[1:]}),
-    "gce_3": Method("PGD-AT, GCE with q = 0.3", {"2": (*pgd_at("2δ"), "objective.gce_q=0.3")}),
-    "gce_8": Method("PGD-AT, GCE with q = 0.8", {"1.5": (*pgd_at("1.5δ"), "objective.gce_q=0.8")}),
     "slow": Method("PGD-AT, CE, rate × 0.4", {r: (*pgd_at(f"{r}δ"), "optimizer.lr=0.4η") for r in RADII}),
     "slower": Method("PGD-AT, CE, rate × 0.15", {r: (*pgd_at(f"{r}δ"), "optimizer.lr=0.15η") for r in RADII}),
     "slow_gce": Method("PGD-AT, GCE, rate × 0.4", {r: (*pgd_at(f"{r}δ"), GCE, "optimizer.lr=0.4η") for r in RADII}),
-    "slow_gce_sr": Method(
-        "PGD-AT, GCE, SR-WDRO with r = 0.3, rate × 0.4",
-        {r: (*pgd_at(f"{r}δ"), GCE, *SR3, "optimizer.lr=0.4η") for r in RADII[1:]},
-    ),
     "fast": Method("PGD-AT, CE, rate × 2.5", {r: (*pgd_at(f"{r}δ"), FAST) for r in RADII[1:]}),
     "fast_gce": Method("PGD-AT, GCE, rate × 2.5", {r: (*pgd_at(f"{r}δ"), GCE, FAST) for r in RADII[1:]}),
-    "fast_sr": Method("PGD-AT, SR-WDRO, rate × 2.5", {r: (*pgd_at(f"{r}δ"), *SR3, FAST) for r in RADII[1:]}),
-    "fast_gce_sr": Method(
-        "PGD-AT, GCE, SR-WDRO, rate × 2.5", {r: (*pgd_at(f"{r}δ"), GCE, *SR3, FAST) for r in RADII[1:]}
-    ),
     "gce_sr10": Method(
         "PGD-AT, GCE, SR-WDRO with r = 1",
         {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights", 1)) for r in RADII[1:]},

@@ -198,6 +198,7 @@ def _gain(found: dict[str, Any] | None, key: str) -> str:
 def picture(found: list[dict[str, Any]], methods: list[str], place: Path) -> None:
     """Clean against knapsack accuracy of each method over its strengths, the mean over the seeds of each arm."""
     networks = list(dict.fromkeys(row["network"] for row in found))
+    drawn = [method for method in methods if any(row["method"] == method for row in found)]
     with house_style():
         from matplotlib.figure import Figure
 
@@ -205,7 +206,7 @@ def picture(found: list[dict[str, Any]], methods: list[str], place: Path) -> Non
         grid = figure.subplots(len(networks), len(GAINS), squeeze=False)
         for line, network in zip(grid, networks, strict=True):
             for axes, key in zip(line, GAINS, strict=True):
-                for i, method in enumerate(methods):
+                for i, method in enumerate(drawn):
                     own = [r["mean"] for r in found if (r["network"], r["method"]) == (network, method)]
                     clean, accuracy = zip(*sorted((m["clean"], m[key]) for m in own), strict=True) if own else ((), ())
                     style: dict[str, Any] = {"lw": 2.2, "color": "#222222"} if method == "pgd_at" else {"lw": 1.2}

@@ -14,7 +14,8 @@ from wdat.attacks import build
 from wdat.data.batch import Batch
 from wdat.errors import SettingError
 from wdat.losses import boosted_cross_entropy
-from wdat.objectives import MART, PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, DualAscent, crossing, total
+from wdat.objectives import MART, PGDAT, TRADES, WDAT, AttackAT, Clean, Combined, DualAscent, total
+from wdat.objectives.dual_ascent import crossing
 
 
 class Given:

@@ -26,9 +26,7 @@ def test_every_arm_composes_and_costs_what_the_others_cost(arm):
     inner = getattr(objective, "pointwise_attack", attack)
     if not arm.startswith("wrm"):
         assert inner.steps * inner.step_size == pytest.approx(2.5, rel=1e-3)
-    assert objective.gce_q == {"gce_3": 0.3, "gce_8": 0.8, "gce8_sr": 0.8}.get(
-        arm.split("-")[0], 0.5 if "gce" in arm else 0
-    )
+    assert objective.gce_q == {"gce8_sr": 0.8}.get(arm.split("-")[0], 0.5 if "gce" in arm else 0)
     assert cfg.optimizer.lr == pytest.approx(0.005 * RATES.get(re.split("[_-]", arm)[0], 1))
     assert (cfg.data.limit_train, cfg.data.val_size) == (frontier.IMAGES, frontier.VALIDATION)
     pointwise = getattr(objective, "pointwise_delta", None)

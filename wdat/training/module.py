@@ -89,6 +89,7 @@ class WDATModule(L.LightningModule):
         super().__init__()
         if attack is not None:
             attack.threat_of(threat)
+        objective.check(attack)
         if weight_perturbation is not None:
             weight_perturbation.weights(network)  # refuses a network without any
         decay_groups(network, exempt)  # refuses an unknown kind

@@ -67,7 +67,8 @@ PAIRS = [  # every attack with every objective, and with each of them another es
     (attack, objective, ESTIMATORS[(i + j) % len(ESTIMATORS)])
     for i, attack in enumerate(ATTACKS)
     for j, objective in enumerate(OBJECTIVES)
-]
+    if objective != "dual_ascent"
+] + [("critical", "dual_ascent", estimator) for estimator in ESTIMATORS if estimator != "ema"]
 
 
 @pytest.mark.parametrize(("attack", "objective", "estimator"), PAIRS)
@@ -133,6 +134,12 @@ def test_an_impossible_pair_is_refused_before_any_work():
     module_for(small_cnn(), attack=build("knapsack_budget"), threat=ThreatModel(1, "linf", DELTA))
 
 
+@pytest.mark.parametrize("attack", ["wpgd_budget", "critical_draw"])
+def test_dual_ascent_asks_for_the_critical_distance(chosen, attack):
+    with pytest.raises(SettingError, match=f"attack={attack}: objective=dual_ascent .* set attack=critical"):
+        module_for(small_cnn(), chosen("objective", "dual_ascent"), build(attack))
+
+
 def test_what_a_step_returns(data, chosen):
     """By name, for callbacks."""
     outputs = Outputs()
@@ -173,7 +180,8 @@ def test_the_passes_of_a_step(data, name, chosen):
         def on_train_batch_end(self, *_):
             trail.append(len(calls))
 
-    fit(module_for(network, objective, distributional(inner=INNER)), data, 3, callbacks=[Count()])
+    attack = distributional("critical" if name == "dual_ascent" else "wpgd_budget", inner=INNER)
+    fit(module_for(network, objective, attack), data, 3, callbacks=[Count()])
     assert [after - before for before, after in pairwise(trail)] == 2 * [PASSES[name]]
 
 
