@@ -16,7 +16,8 @@ from wdat.evaluation import ImageTensors, evaluate
 from wdat.training.requests import SAVE, Requests, asked_by_any
 
 TRAIN = ("wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "knapsack_budget", "critical", "critical_draw")
-EVALUATE = [name for name in ATTACKS if name != "autoattack" and (name not in TRAIN or name in ("pgd", "wpgd"))]
+EVALUATE = [name for name, kind in ATTACKS.items() if name != "autoattack" and not kind.for_training
+            and (name not in TRAIN or name in ("pgd", "wpgd"))]  # fmt: skip
 CHOICES = [
     (attack, estimator)
     for attack, estimator in itertools.product((*TRAIN, "trades"), ESTIMATORS)

@@ -66,6 +66,11 @@ def test_wrm_maximises_the_loss_minus_the_price_of_transport(p, norm):
     assert ((n * along - gamma * along**p).max(0).values <= n * result.distances - gamma * result.distances**p).all()
 
 
+def length(result, p):
+    """W_p length of the set's move, which a step in training doesn't read from the device."""
+    return float((result.distances**p).mean() ** (1 / p))
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("p", [2, 3])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
@@ -76,12 +81,12 @@ def test_the_price_adapts_until_the_budget_is_spent(p, norm, factor):
     right = float((n**threat.q).mean() ** (1 / threat.q)) / (p * threat.delta ** (p - 1))
     attack, context = WRM(loss="margin", steps=2), training(n)
     first = attack(network, x, y, threat, context)
-    assert first.distance == pytest.approx(threat.delta, rel=1e-6), "on a linear network Υ gives the price"
+    assert length(first, p) == pytest.approx(threat.delta, rel=1e-6), "on a linear network Υ gives the price"
     attack.load_state_dict({"log_gamma": math.log(factor * right)})
     for _ in range(300):
         result = attack(network, x, y, threat, context)
     assert math.exp(attack.state_dict()["log_gamma"]) == pytest.approx(right, rel=1e-3)
-    assert result.distance == pytest.approx(threat.delta, rel=1e-3)
+    assert length(result, p) == pytest.approx(threat.delta, rel=1e-3)
 
 
 def test_a_fixed_price_stays():

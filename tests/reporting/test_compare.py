@@ -252,7 +252,7 @@ def sweep(folder):
 
 def test_arms_stand_below_each_other_and_the_best_is_marked(tmp_path):
     grid = collected(compare(sweep(tmp_path), filters={"delta": ["0.1"], "stage": ["after"]}))
-    assert list(grid.cells) == ["arm", "clean", "PGD (CE), pointwise", "W-PGD (ReDLR), W₂"]
+    assert list(grid.cells) == ["arm", "clean", "PGD (CE), pointwise", "W-PGD (ReDLR), W₂", "knapsack, W₂"]
     assert grid.cells["arm"].tolist() == ["objective=wdat", "objective=trades"]
     assert grid.best == {(1, column) for column in grid.cells if column != "arm"}
     mean = 100 * (statistics.fmean(accuracies("after", "wpgd", 0.1)) + 0.02)
@@ -268,7 +268,7 @@ def test_many_measurements_are_rows_with_their_budgets_in_order(tmp_path):
     assert list(grid.cells) == ["arm", "attack", "threat", "budget", "before", "after", "change"]
     assert list(dict.fromkeys(grid.cells["budget"])) == ["", "0.05", "0.1", "0.2"]
     assert {i % 2 for i, stage in grid.best if stage == "after"} == {1}
-    assert collected(found, "wide").cells.shape == (2, 8)
+    assert collected(found, "wide").cells.shape == (2, 11)
 
 
 def test_filters_keep_what_they_name():
@@ -296,7 +296,7 @@ def test_the_figure_has_room_for_every_arm(tmp_path, count):
     figure.draw_without_rendering()
     (axes,) = figure.axes
     boxes = sorted((text.get_window_extent() for text in axes.get_yticklabels()), key=lambda box: -box.y0)
-    assert len(boxes) == 7 * count
+    assert len(boxes) == 10 * count
     assert all(upper.y0 >= lower.y1 - 2 for upper, lower in itertools.pairwise(boxes))
     assert all(box.x0 >= -1 for box in boxes)
 
