@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -363,6 +365,18 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     batch = SimpleNamespace(x=problem.x, y=problem.y, synthetic=None)
     terms = importlib.import_module("my.mart").MART(beta=5.0)(problem.network, batch, context)
     torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_robustbench_loads_an_export(own):
+    """In a process of its own, in which nothing else has imported robustbench."""
+    (snippet,) = [b.body for b in blocks("docs/zoo.md") if b.language == "python"]
+    build, _, load = snippet.partition("network.load_state_dict")
+    made = build + 'torch.save(network.state_dict(), "Rebuffi2021Fixing_R18_ddpm-wdat.pt")\n'
+    command = [sys.executable, "-W", "ignore", "-c", f"{made}network.load_state_dict{load}import autoattack.state"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=own, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_from_python(problem):

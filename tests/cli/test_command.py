@@ -8,7 +8,8 @@ import math
 import os
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 
 import keeper
 import pytest
@@ -164,27 +165,50 @@ def test_a_sweeper_is_given_the_figures(tmp_path, monkeypatch, script, settings)
 # --- the wheel --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_wheel_trains_in_an_empty_folder(tmp_path):
+@pytest.fixture
+def command(tmp_path):
+    """The command `wdat` of a wheel that was installed into a fresh environment, which sees this one's other packages.
+
+    The `.pth` files of that one, such as an editable `wdat`'s, don't count.
+    """
     build = "from setuptools.build_meta import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
-    source = tmp_path / "source"
+    source, fresh = tmp_path / "source", tmp_path / "fresh"
     source.mkdir()
     for name in ("wdat", "conf", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).symlink_to(ROOT / name)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", build, tmp_path], cwd=source, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    installed, empty = tmp_path / "installed", tmp_path / "empty"
-    zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]).extractall(installed)
-    (command,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "wdat = wdat.cli:main" in command.read_text()
-    script = installed / "wdat_command.py"
-    script.write_text("from wdat.cli import main\nmain()\n")
+
+    def run(*words, folder=source):
+        done = subprocess.run([str(w) for w in words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    wheel = run(sys.executable, "-W", "ignore", "-c", build, tmp_path).splitlines()[-1]
+    venv.create(fresh, with_pip=False)
+    python = fresh / "bin" / "python"
+    others = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    (packages,) = fresh.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text("\n".join(dict.fromkeys(others)) + "\n")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", tmp_path / wheel)
+    where = run(python, "-c", "import wdat; print(wdat.__file__)", folder=tmp_path)
+    assert where.strip() == str(packages / "wdat" / "__init__.py")
+    return fresh / "bin" / "wdat"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_in_an_empty_folder(tmp_path, command):
+    empty = tmp_path / "empty"
     empty.mkdir()
-    found = start(script, "--version", folder=empty, PYTHONPATH=str(installed))
-    assert found.out == f"wdat {wdat.__version__}\n"
+
+    def wdat_of(*words):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run([command, *words], cwd=empty, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return done.stdout
+
+    assert wdat_of("--version") == f"wdat {wdat.__version__}\n"
     assert contents(empty) == {}
-    found = start(script, "train", *QUICK, "trainer.devices=2", folder=empty, PYTHONPATH=str(installed))
-    assert (found.status, found.err) == (0, "")
-    assert {r.commit for r in read(next(empty.rglob("records.json")))} == {None}
+    wdat_of("train", *QUICK, "trainer.devices=2")
+    (file,) = empty.rglob("records.json")
+    assert {r.commit for r in read(file)} == {None}
+    assert "| clean " in wdat_of("collect", str(file))

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,31 @@ class ZooEntry:
         return name if importlib.import_module("timm").is_model(name) else None
 
 
+class AutoAttackFinder:
+    """Finds `autoattack`, which robustbench 1.1.1 imports, in `pyautoattack`, which it requires.
+
+    Python asks it last, so that a package `autoattack` that is installed comes first.
+    """
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The package under the name that robustbench uses; None for all other names."""
+        found = importlib.util.find_spec("pyautoattack") if name == "autoattack" else None
+        if found is None or found.origin is None:
+            return None
+        folders = found.submodule_search_locations
+        return importlib.util.spec_from_file_location(name, found.origin, submodule_search_locations=folders)
+
+
+if AutoAttackFinder not in sys.meta_path:
+    sys.meta_path.append(AutoAttackFinder)
+
+
 @functools.cache
 def robustbench() -> Any:
-    """The package robustbench, imported with the cure that version 1.1.1 needs.
+    """The package robustbench, without the warnings of its imports.
 
-    It imports `autoattack`, which its requirements provide under the name `pyautoattack`, and `pkg_resources`, which
-    setuptools has dropped in version 81.
+    It imports `autoattack` (see `AutoAttackFinder`), and `pkg_resources`, which setuptools has dropped in version 81.
 
     Raises:
         SettingError: A package that it needs is missing.
@@ -79,8 +99,6 @@ def robustbench() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its old imports from timm and setuptools warn, and nobody here can help it
         try:
-            if importlib.util.find_spec("autoattack") is None:
-                sys.modules["autoattack"] = importlib.import_module("pyautoattack")
             return importlib.import_module("robustbench")
         except ModuleNotFoundError as error:
             name = "setuptools<81" if error.name == "pkg_resources" else str(error.name)
