@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from matplotlib import image
 from omegaconf import OmegaConf
 from PIL import Image
 from script_runner import run_script
+from torch.utils.data import DataLoader, TensorDataset
 
 import wdat
 from wdat.attacks import ATTACKS
@@ -385,6 +387,36 @@ def test_the_readme_from_python(problem):
     exec(snippet.replace('"knapsack"', '"wfgsm"'), scope)
     assert scope["result"].x_adv.shape == problem.x.shape
     assert {r.attack for r in scope["records"]} == {"none", "pgd", "wpgd", "wfgsm"}
+
+
+def test_the_callback_in_a_module_of_ones_own(own, problem, monkeypatch):
+    (snippet,) = [b.body for b in blocks("docs/lightning.md") if b.language == "python"]
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = problem.network.train()
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    monkeypatch.chdir(own)
+    quiet = (
+        "L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, "
+        "accelerator='cpu', "
+    )
+    loader = DataLoader(TensorDataset(problem.x, problem.y), 16)
+    scope = {"module": Module(), "train_loader": loader, "val_loader": loader}
+    exec(snippet.replace("L.Trainer(", quiet), scope)
+    logged = {f"val/{name}" for name in re.findall(r"`val/(\w+)`", prose("docs/lightning.md"))}
+    assert set(scope["trainer"].callback_metrics) == logged
+    assert {r.attack for r in wdat.load_records("robustness.json")} == {"none", "pgd", "wpgd", "knapsack"}
 
 
 def test_fine_tuning_ones_own(own):

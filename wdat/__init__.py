@@ -4,7 +4,8 @@ From Python, with any network that takes images in [0, 1] and gives logits:
 
     threat = wdat.ThreatModel(p=2, norm="linf", delta="8/255")
     result = wdat.attack(network, x, y, threat, "wpgd")
-    records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])
+    records = wdat.evaluate(network, loader, threat, attacks=["pgd", "wpgd"])  # a list that prints as a table
+    distances = wdat.nearest_adversarial(network, x, y, norm="linf").distances
     trainer = lightning.Trainer(callbacks=[wdat.RobustEvaluation(threat, ["pgd", "wpgd"])])
 """
 
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wdat.attacks import AttackResult, attack
+    from wdat.attacks.minimum_norm import NearestAdversarial
+    from wdat.attacks.nearest import nearest_adversarial
     from wdat.errors import ConstraintError, SettingError
-    from wdat.evaluation import evaluate
+    from wdat.evaluation import Results, evaluate
     from wdat.records import Record
     from wdat.reporting.frame import load_records, to_frame
     from wdat.threat import ThreatModel
@@ -25,13 +28,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # which pyproject.toml reads
 
 __all__ = [
-    "AttackResult", "ConstraintError", "Record", "RobustEvaluation", "SettingError", "ThreatModel", "attack",
-    "evaluate", "load_records", "to_frame",
+    "AttackResult", "ConstraintError", "NearestAdversarial", "Record", "Results", "RobustEvaluation", "SettingError",
+    "ThreatModel", "attack", "evaluate", "load_records", "nearest_adversarial", "to_frame",
 ]  # fmt: skip
 
 _HOMES = {
     "AttackResult": "attacks", "attack": "attacks", "ConstraintError": "errors", "SettingError": "errors",
-    "evaluate": "evaluation", "Record": "records", "RobustEvaluation": "training.callbacks", "ThreatModel": "threat",
+    "NearestAdversarial": "attacks.minimum_norm", "nearest_adversarial": "attacks.nearest",
+    "evaluate": "evaluation", "Results": "evaluation", "Record": "records",
+    "RobustEvaluation": "training.callbacks", "ThreatModel": "threat",
     "load_records": "reporting.frame", "to_frame": "reporting.frame",
 }  # fmt: skip
 

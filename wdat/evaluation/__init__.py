@@ -1,5 +1,6 @@
 """Measuring robustness over a whole set of images, and showing it."""
 
 from wdat.evaluation.evaluator import ImageTensors, evaluate
+from wdat.evaluation.results import Results
 
-__all__ = ["ImageTensors", "evaluate"]
+__all__ = ["ImageTensors", "Results", "evaluate"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from wdat.data.batch import Batch
 from wdat.data.images import LabelledImages
@@ -70,6 +70,26 @@ def members(batch: Any) -> tuple[Tensor, ...]:
     if not isinstance(batch, Sequence) or len(batch) < 2:
         raise SettingError(f"a batch is a {type(batch).__name__}, not images and labels: {_WANTED}")
     return _tensors(batch[0], batch[1])
+
+
+def unrepeated(parts: tuple[Tensor, ...], loader: Any, seen: int) -> tuple[Tensor, ...]:
+    """A batch without the images that a `DistributedSampler` repeats to make shards even, and with its rows.
+
+    Args:
+        parts: Images, labels and perhaps the rows, with which nothing is done here.
+        loader: Where the batch comes from.
+        seen: How many images this process has had from it before.
+
+    Returns:
+        Images, labels and, of such a loader, their places in the order of the whole set.
+    """
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+    if len(parts) > 2 or not isinstance(sampler, DistributedSampler):
+        return parts
+    x, y = parts
+    rows = sampler.rank + sampler.num_replicas * torch.arange(seen, seen + len(y), device=y.device)
+    own = rows < len(sampler.dataset)  # type: ignore[arg-type]  # a sampler knows the size of its set
+    return x[own], y[own], rows[own]
 
 
 def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:

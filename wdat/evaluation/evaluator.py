@@ -19,6 +19,7 @@ from wdat.distributed import ALONE, Processes, together
 from wdat.errors import SettingError, unknown
 from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
+from wdat.evaluation.results import Results
 from wdat.evaluation.statistics import bootstrap_interval
 from wdat.gradients import input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, classes_of
@@ -54,7 +55,12 @@ class ImageTensors:
             SettingError: If there is no batch at all, as a process without images has an empty one, or a batch isn't
                 images and labels.
         """
-        kept = [ordinary(*members(batch)) for batch in batches]
+        return cls.join([members(batch) for batch in batches], device)
+
+    @classmethod
+    def join(cls, parts: Iterable[tuple[Tensor, ...]], device: torch.device) -> ImageTensors:
+        """One set of several parts: images, labels and, where all have them, the rows; raises as `collect`."""
+        kept = [ordinary(*part) for part in parts]
         if not kept:
             raise SettingError("the set of images to attack is empty; check data.limit_test and data.val_size")
         shapes = {tuple(x.shape[1:]) for x, *_ in kept if len(x)}
@@ -312,7 +318,7 @@ def evaluate(
     progress: Progress | None = None,
     pictures: bool = False,
     classes: Sequence[str] | None = None,
-) -> list[Record]:
+) -> Results:
     """Clean accuracy and accuracy under attacks that share one budget over the whole set.
 
     Always in the precision of the images (float32), in eval mode; the network is left as it was found.
@@ -337,7 +343,8 @@ def evaluate(
         classes: Names of the classes, by label, for the examples.
 
     Returns:
-        Clean records, one a loss, then one record for each budget, attack and loss.
+        Clean records, one a loss, then one record for each budget, attack and loss: a list that prints as a table and
+        has `to_frame()` and `plot()`.
 
     Raises:
         SettingError: If the set is empty, or a name, option or image can't be used.
@@ -365,4 +372,4 @@ def evaluate(
     for own in threats:
         first = own is threat
         records += [evaluator.attacked(attack, own, spent * first, first) for attack, spent in ready]
-    return records
+    return Results(records)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from wdat.errors import SettingError
+from wdat.evaluation.results import Results
 from wdat.records import Record, budget_name, read
 
 STAGES = ("before", "after", "evaluate")
@@ -30,8 +31,8 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def load_records(path: Path | str) -> list[Record]:
-    """The records of a file, or of the run in a folder.
+def load_records(path: Path | str) -> Results:
+    """The records of a file, or of the run in a folder, in a list that prints as a table.
 
     Args:
         path: `records.json` or another file of records, or the folder of a run.
@@ -43,7 +44,7 @@ def load_records(path: Path | str) -> list[Record]:
     records = read(file)
     if not records:
         raise SettingError(f"{file} holds no records; name records.json or the folder of a run")
-    return records
+    return Results(records)
 
 
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:

@@ -59,7 +59,8 @@ def new_axes(axes: Axes | None = None, size: tuple[float, float] = SIZE) -> tupl
     """A figure with one pair of axes in the house style, or the figure of the axes given."""
     if axes is not None:
         figure = axes.figure
-        assert isinstance(figure, Figure)
+        while not isinstance(figure, Figure):  # of a part of a figure
+            figure = figure.figure
         return figure, axes
     with house_style():
         figure = Figure(figsize=size, layout="constrained")
@@ -124,8 +125,9 @@ def accuracy_curves(section: Section, axes: Axes | None = None) -> Figure:
 
     Args:
         section: Records of one network, set of images, norm and order. Before training is drawn paler.
-        axes: Where to draw; None makes a figure.
+        axes: Where to draw, with the legend inside; None makes a figure, with the legend below.
     """
+    given = axes is not None
     figure, axes = new_axes(axes)
     scale, unit = unit_of(section.norm, section.deltas)
     reach = 1.2 * (max(section.deltas, default=0.0) or 1 / 255)
@@ -154,7 +156,11 @@ def accuracy_curves(section: Section, axes: Axes | None = None) -> Figure:
         _intervals(axes, rows, scale, offset, fmt=marker, label=plain(label), **look)
     axes.set(xlim=(-0.02 * scale * reach, scale * reach), ylim=(0, 100), ylabel="accuracy in percent")
     axes.set_xlabel(plain(f"budget δ{unit}, {NORMS.get(section.norm, section.norm)}"))
-    _finish(figure, axes, section.rows)
+    if given:
+        axes.set_title(_short(section.title), parse_math=False)
+        axes.legend(fontsize="small")
+    else:
+        _finish(figure, axes, section.rows)
     return figure
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from wdat.attacks import Attack
-from wdat.data.batch import Batch
 from wdat.distributed import current, together
 from wdat.errors import SettingError, unknown
 from wdat.evaluation import ImageTensors, evaluate
+from wdat.evaluation.batches import members, unrepeated
 from wdat.evaluation.evaluator import Progress, plan
 from wdat.gradients import ordinary
 from wdat.inputs import classes_of
@@ -30,8 +31,11 @@ from wdat.threat import ThreatModel, parse_budget
 class RobustEvaluation(L.Callback):
     """Attacks the images that a validation or test loop has seen, as one set with one budget.
 
-    For any LightningModule that holds its network, and any loader of batches whose first two members are images in
-    [0, 1] and labels. Logs, as `val/…` or `test/…`: `acc_clean`; `acc_pointwise`, the lowest accuracy under the
+    For any LightningModule that holds its network, and any loader of batches that hold images in [0, 1] and labels, as
+    `wdat.evaluate` takes them; of several loaders the first. Images that Lightning's sampler repeats to make the shards
+    of several processes even are counted once.
+
+    Logs, as `val/…` or `test/…`: `acc_clean`; `acc_pointwise`, the lowest accuracy under the
     pointwise attacks; `acc_distributional`, the lowest under the others, and `distance`, the W_p length of that move;
     `acc_NAME` of each distributional attack where there are several; `upsilon` of the first loss.
 
@@ -99,6 +103,7 @@ class RobustEvaluation(L.Callback):
         )
         self._trained = False
         self._batches: list[tuple[Tensor, ...]] = []
+        self._seen = 0  # images of this process, with those that its sampler repeats
 
     @property
     def metrics(self) -> set[str]:
@@ -126,21 +131,37 @@ class RobustEvaluation(L.Callback):
             for attack in chain(*self._attacks.values()):
                 attack.check(shape, classes, threat)
 
-    def _collect(self, batch: Any) -> None:
-        members = (batch.x, batch.y, batch.index) if isinstance(batch, Batch) else (batch[0], batch[1])
-        self._batches.append(ordinary(*members))
+    def _network(self, module: L.LightningModule) -> nn.Module:
+        found = getattr(module, self.network, None) if self.network else module
+        if not isinstance(found, nn.Module):
+            names = [name for name, _ in module.named_children()]
+            raise unknown(f"network of {type(module).__name__}", self.network, names, "network")
+        return found
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a module that has no such network, before any work."""
+        self._network(pl_module)
+
+    def _collect(self, loaders: Any, batch: Any, number: int) -> None:
+        if number:
+            return
+        given = members(batch)
+        self._batches.append(ordinary(*unrepeated(given, CombinedLoader(loaders).flattened[0], self._seen)))
+        self._seen += len(given[1])
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
         """Keep the images."""
-        self._collect(batch)
+        self._collect(trainer.val_dataloaders, batch, dataloader_idx)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
         """Keep the images."""
-        self._collect(batch)
+        self._collect(trainer.test_dataloaders, batch, dataloader_idx)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From now on a test is one of trained weights."""
@@ -157,16 +178,15 @@ class RobustEvaluation(L.Callback):
     def _evaluate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, deltas: Sequence[float] = ()
     ) -> None:
-        batches, self._batches = self._batches, []
+        batches, self._batches, self._seen = self._batches, [], 0
         if trainer.sanity_checking:
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
-        network: nn.Module = getattr(pl_module, self.network) if self.network else pl_module
         processes = current(pl_module.device)
         with together(processes):
-            images = ImageTensors.collect(batches, pl_module.device)
+            images = ImageTensors.join(batches, pl_module.device)
         found = evaluate(
-            network,
+            self._network(pl_module),
             images,
             self.threat,
             attacks=self._attacks[split],
