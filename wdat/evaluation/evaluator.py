@@ -17,6 +17,7 @@ from wdat.attacks import ATTACKS, Attack, Context, build
 from wdat.attacks.base import NONFINITE, check_images
 from wdat.distributed import ALONE, Processes, together
 from wdat.errors import SettingError, unknown
+from wdat.evaluation.bars import Bars
 from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.results import Results
@@ -315,7 +316,7 @@ def evaluate(
     epoch: int | None = None,
     facts: Facts | None = None,
     processes: Processes = ALONE,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     pictures: bool = False,
     classes: Sequence[str] | None = None,
 ) -> Results:
@@ -338,7 +339,7 @@ def evaluate(
         epoch: What they say of the epochs trained.
         facts: What they say of network, data and seed.
         processes: The processes that hold the other parts of the set.
-        progress: Called with a label, steps done and steps in all.
+        progress: True for a bar in a notebook or terminal; or what is called with a label, steps done, steps in all.
         pictures: Whether records of the threat's own budget carry examples and histograms.
         classes: Names of the classes, by label, for the examples.
 
@@ -363,7 +364,8 @@ def evaluate(
     tensors = loader
     if not isinstance(tensors, ImageTensors):
         tensors = ImageTensors.collect(batches_of(loader, batch_size), device_of(network))
-    about = (stage, split, epoch, facts or Facts(), processes, progress, pictures, classes)
+    show = (Bars() if progress else None) if isinstance(progress, bool) else progress
+    about = (stage, split, epoch, facts or Facts(), processes, show, pictures, classes)
     evaluator = Evaluator(network, tensors, batch_size, *about)
     threats = [threat, *(replace(threat, delta=parse_budget(delta, "deltas")) for delta in deltas)]
     evaluator.check(built, threats, losses)

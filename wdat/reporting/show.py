@@ -30,7 +30,7 @@ def text(records: Sequence[Record]) -> str:
     """The table as text; `[]` for no record."""
     if not records:
         return "[]"
-    console = PlainConsole(width=WIDTH, no_color=True, force_terminal=False)
+    console = PlainConsole(width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(table(records))
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

@@ -198,7 +198,7 @@ class RobustEvaluation(L.Callback):
             epoch=trainer.current_epoch + 1 if fitting else None,
             facts=self.facts if fitting else self._of_checkpoint(trainer),
             processes=processes,
-            progress=self.progress,
+            progress=self.progress or False,
             pictures=split == "test",
         )
         if trainer.is_global_zero or self.records.path is None:
