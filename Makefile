@@ -3,7 +3,10 @@
 # make test         make the environment, install, run the tests
 # make test-cpu     the tests whose results depend on kernels, once more as an older CPU would run them
 # make test-long    what takes minutes: real sweeps, kills, benchmarks
+# make test-lowest  the tests with the lowest versions that pyproject.toml names, in .venv-lowest
 # make test-zoo     every architecture of RobustBench's zoo with random weights (long)
+# make docs         the site of the documentation, into site/; a broken link is an error
+# make coverage     the tests with a report of the lines that none of them runs
 # make sweep-smoke  every sweep at its smallest, offline (minutes on two cores)
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart check format test test-cpu test-long test-zoo sweep-smoke clean
+.PHONY: quickstart check format test test-cpu test-long test-lowest test-zoo sweep-smoke docs coverage clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python train.py experiment=quickstart
@@ -39,11 +42,23 @@ test-cpu: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(PYTEST) -m long -n 2 --dist loadfile
 
+test-lowest:
+	uv venv --python 3.10 .venv-lowest
+	uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+
 test-zoo: $(INSTALLED)
 	$(PYTEST) -m zoo tests/models
 
 sweep-smoke: $(INSTALLED)
 	$(BIN)/python -m sweeps.smoke
+
+coverage: $(INSTALLED)
+	$(PYTEST) -q -n 2 --dist loadfile --cov=wdat --cov-report=term-missing:skip-covered
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 to 3.13 is needed: make PYTHON=python3.12") if not (3, 10) <= sys.version_info[:2] <= (3, 13) else None'
@@ -53,4 +68,4 @@ $(INSTALLED): pyproject.toml
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build site ./*.egg-info

@@ -44,7 +44,6 @@ KNAPSACKS = {"w2": (2.0, 1), "w2_2": (2.0, 2), "w4": (4.0, 1), "w4_2": (4.0, 2)}
 BASE, CONTROL, MAIN = "as_found", "pgd_at", "w2"
 RESAMPLES = 400
 BOTH_LOSSES = "test_original"  # there PGD ascends CE and ReDLR, and the lower accuracy counts
-SHORT = ("clean", "pgd", "wpgd", "w2")  # what the README shows
 RECORD = Path("results/case_study.json")
 PICTURES = Path("docs")
 COLUMNS = {
@@ -231,9 +230,6 @@ def main() -> None:
     found = json.loads(args.record.read_text())["rows"]
     for network, test in dict.fromkeys((row["network"], row["test"]) for row in found):
         print(f"\n{network}, {TESTS[test]}\n\n{table(found, network, test)}")
-    if any(row["test"] == "test_jpeg" for row in found):
-        short = [f"{n}\n\n{table(found, n, 'test_jpeg', SHORT)}" for n in dict.fromkeys(r["network"] for r in found)]
-        print("\nin short", *short, sep="\n\n")
 
 
 if __name__ == "__main__":

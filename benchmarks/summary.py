@@ -1,4 +1,4 @@
-"""The performance tables of the README and of docs/synthetic.md, in Markdown, from the committed records.
+"""The tables of docs/cost.md, docs/devices.md and docs/synthetic.md, in Markdown, from the committed records.
 
 python -m benchmarks.summary [results]
 """

@@ -2,19 +2,24 @@
 
     python -m docs.figures [FOLDER]
 
-Writes `accuracy.png`, `distances.png`, `before_after.png` and `schedules.png` into FOLDER, by default the folder of
-these pages. Records come from `results/`, their pictures from `wdat.reporting.plots`, schedules from `conf/`.
+Writes `bracket.png`, `accuracy.png`, `distances.png`, `before_after.png` and `schedules.png` into FOLDER, by default
+the folder of these pages. Records come from `results/`, their pictures from `wdat.reporting.plots`, schedules from
+`conf/`.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 
+from wdat.records import Record
 from wdat.reporting.frame import load_records, to_frame
 from wdat.reporting.plots import accuracy_against_budget, house_style, radius_histogram, save
 from wdat.training.optimizers import peak_rate
@@ -40,7 +45,10 @@ def draw(folder: Path) -> list[Path]:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accuracy, distances, before_after = (folder / f"{name}.png" for name in ("accuracy", "distances", "before_after"))
+    names = ("bracket", "accuracy", "distances", "before_after")
+    bracket, accuracy, distances, before_after = (folder / f"{name}.png" for name in names)
+
+    accuracy_against_budget(of_one_order(load_records(RESULTS / "leaderboard" / "cnn_a_cnn_a_adv.json")), bracket)
 
     evaluation = load_records(RESULTS / "evaluate" / "resnet2b_w2_l2.json")
     accuracy_against_budget(evaluation, accuracy)
@@ -55,7 +63,13 @@ def draw(folder: Path) -> list[Path]:
 
     schedules = folder / "schedules.png"
     save(rates(), schedules)
-    return [accuracy, distances, before_after, schedules]
+    return [bracket, accuracy, distances, before_after, schedules]
+
+
+def of_one_order(records: Sequence[Record], p: float = 2.0) -> list[Record]:
+    """The records of an order, and PGD's at its budgets; without what the first-order estimate is made of."""
+    kept = [r for r in records if r.p == p or (r.attack == "pgd" and r.p == math.inf)]
+    return [replace(r, loss_misclassified=None) for r in kept]
 
 
 @house_style()

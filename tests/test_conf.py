@@ -31,7 +31,7 @@ LOCALLY = ("data=digits", "model=small_cnn", "trainer.accelerator=cpu", "trainer
 # Group: what the contract has and must be there, and what it has that may come later.
 CONTRACT = {
     "model": (
-        "Zhang2019 Rebuffi2021 Gowal2021 Wang2023 Cui2023 robustbench "
+        "Zhang2019 Rebuffi2021 Gowal2021 Wang2023 Cui2023 robustbench timm "
         "preact_resnet18 wrn_28_10 resnet2b resnet4b cnn_a small_cnn custom",
         "",
     ),
@@ -236,6 +236,9 @@ def test_models(composed, choice):
     config = composed("data=digits", f"model={choice}", *name, "seed=5").model
     if choice == "custom":
         return  # tests/cli
+    if choice == "timm":
+        assert (get_method(config._target_), config.num_classes, config.seed) == (models.load_timm, 10, 5)
+        return  # tests/models/test_timm.py
     assert get_method(config._target_) is models.load_network
     assert (config.num_classes, config.seed, config.checkpoint) == (10, 5, None)
     if choice not in LOCAL:

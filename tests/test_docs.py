@@ -36,7 +36,9 @@ from wdat.records import Record, read
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+PAGES = {
+    str(f.relative_to(ROOT)): f for f in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+}
 SCRIPTS = ("train.py", "evaluate.py")
 FENCE = re.compile(r"(?:^\*\*(?P<title>[^*\n]+)\*\*\n\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 
@@ -197,8 +199,8 @@ def test_files_named_in_the_prose_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_the_map_of_the_readme_has_every_part():
-    (rows,) = re.findall(r"^\| where \| what \|\n\| --- \| --- \|\n((?:\|.*\n)+)", prose("README.md"), re.M)
+def test_the_map_of_the_code_has_every_part():
+    (rows,) = re.findall(r"^\| where \| what \|\n\| --- \| --- \|\n((?:\|.*\n)+)", prose("CONTRIBUTING.md"), re.M)
     named = [name for row in rows.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
     parts = [name for name in named if "." not in name and "/" not in name]
     package = [file for file in (ROOT / "wdat").iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()]
@@ -212,15 +214,29 @@ def test_the_index_has_every_page():
         assert page.name == "README.md" or f"({page.name})" in index
 
 
+def script(name):
+    """A script of the pages, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_the_docs", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_made_from_committed_records():
+    for file, text in script("front").pages():
+        assert file.read_text("utf-8") == text, "another table: python -m docs.front"
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].read_text("utf-8").splitlines()) <= 120
+
+
 def test_figures_are_made_from_committed_records(tmp_path):
-    spec = importlib.util.spec_from_file_location("figures_of_the_docs", DOCS / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    made = figures.draw(tmp_path)
+    made = script("figures").draw(tmp_path)
     assert {f.name for f in made} <= {f.name for f in DOCS.glob("*.png")}
     shown = " ".join(page.read_text("utf-8") for page in PAGES.values())
     for file in made:
-        assert f"({file.name})" in shown
+        assert f"{file.name})" in shown
         fresh, committed = image.imread(file)[..., :3], image.imread(DOCS / file.name)[..., :3]
         assert fresh.shape == committed.shape
         assert fresh.std() == pytest.approx(committed.std(), rel=0.1), "another picture: python -m docs.figures"

@@ -195,6 +195,7 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_installed_wheel_trains_in_an_empty_folder(tmp_path, command):
     empty = tmp_path / "empty"
     empty.mkdir()

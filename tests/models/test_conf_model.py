@@ -23,7 +23,13 @@ def composed(choice: str, *overrides: str) -> Any:
 
 
 def test_one_file_per_choice() -> None:
-    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*LOCAL, *zoo.ALIASES, "robustbench", "custom"}
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {
+        *LOCAL,
+        *zoo.ALIASES,
+        "robustbench",
+        "timm",
+        "custom",
+    }
 
 
 @pytest.mark.parametrize("choice", sorted(LOCAL))

@@ -1,6 +1,7 @@
 """Gathers the records of many runs into one table: accuracies over seeds with intervals, arms against a baseline.
 
     python -m wdat.cli.collect DIR... [KEY=VALUE...] [--baseline ARM] [--format FORMAT] [--output DIR]
+    python -m wdat.cli.collect --leaderboard DIR... [--output DIR]
 
 Every JSON file of records below the folders is read. Rows of one arm are runs that differ in their seed alone;
 `wdat.reporting.runs` says how arms get their labels.
@@ -9,13 +10,13 @@ Every JSON file of records below the folders is read. Rows of one arm are runs t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import Record
-from wdat.reporting import plots
+from wdat.reporting import leaderboard, plots
 from wdat.reporting.compare import Comparison, compare
 from wdat.reporting.dot_plot import dot_plot
 from wdat.reporting.frame import STAGES
@@ -83,6 +84,15 @@ def write_all(comparison: Comparison, runs: Sequence[Run], folder: Path, layout:
     return [folder / file for file in (*FILES.values(), "figure.png", "report.html")]
 
 
+def show_leaderboard(runs: Sequence[Run], filters: Mapping[str, Sequence[str]], folder: Path | None) -> None:
+    """Print the leaderboard, or write it with its records and print the names of the files."""
+    found = leaderboard.entries(runs)
+    if folder is None:
+        print(leaderboard.page(found, filters=filters), end="")
+    else:
+        print("\n".join(map(str, leaderboard.submission(found, folder))))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wdat collect", description="Records of many runs in one table: accuracies over seeds, with intervals."
@@ -106,8 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         help="long: a row a measurement and arm; wide: a row an arm, a column a measurement; auto: wide where it fits",
     )  # fmt: skip
     parser.add_argument(
+        "--leaderboard",
+        action="store_true",
+        help="a row a network and budget: accuracy clean and at each order, between what is certified and attacked",
+    )
+    parser.add_argument(
         "--output", metavar="DIR", type=Path,
-        help="write table.md, table.csv, table.tex, figure.png and report.html there and print their names",
+        help="write table.md, table.csv, table.tex, figure.png and report.html there and print their names; with "
+        "--leaderboard, leaderboard.md and one file of records a network",
     )  # fmt: skip
     return parser
 
@@ -117,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     paths, filters = filters_of(chosen.paths)
     runs = find(paths, chosen.label)
+    if chosen.leaderboard:
+        show_leaderboard(runs, filters, chosen.output)
+        return
     comparison = compare(runs, baseline=chosen.baseline, filters=filters)
     if chosen.output is not None:
         print("\n".join(map(str, write_all(comparison, runs, chosen.output, chosen.layout))))

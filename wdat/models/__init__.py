@@ -14,6 +14,7 @@ from wdat.models.checkpoint import check_finite, digest, load_checkpoint
 from wdat.models.finetune import find_head, keep_frozen_in_eval, prepare
 from wdat.models.local import LOCAL, seeded
 from wdat.models.speed import accelerate
+from wdat.models.timm_zoo import load_timm
 
 __all__ = [
     "LOCAL",
@@ -27,6 +28,7 @@ __all__ = [
     "load_checkpoint",
     "load_custom",
     "load_network",
+    "load_timm",
     "origin",
     "prepare",
     "preprocessing",
@@ -136,6 +138,10 @@ def origin(settings: Mapping[str, Any]) -> str:
         return f"weights of {checkpoint}" + (f" ({key})" if key else "")
     if settings.get("name") in LOCAL:
         return f"fresh weights (seed {settings.get('seed', 0)})"
+    if settings.get("_target_") == "wdat.models.load_timm":
+        return (
+            "timm's weights" if settings.get("pretrained", True) else f"fresh weights (seed {settings.get('seed', 0)})"
+        )
     own = settings.get("_target_", "wdat.models.load_network") != "wdat.models.load_network"
     return "weights as its class makes them (no checkpoint)" if own else REGISTRY
 

@@ -74,7 +74,7 @@ def compare(
     frame = frame[frame["stage"].isin(stages)]
     if frame.empty:
         raise SettingError(f"no record is of stage {', '.join(stages)}; let a run finish, or name others")
-    frame = _filtered(frame, filters or {})
+    frame = filtered(frame, filters or {})
     clean = frame["attack"] == "none"  # clean accuracy is the same whatever the loss and the norm
     frame.loc[clean, ["loss", "norm", "options"]] = ""
     frame.loc[clean, "p"] = 0.0
@@ -149,13 +149,19 @@ def _named(baseline: str | None, frame: pd.DataFrame) -> str:
     return str(found[0])
 
 
-def _filtered(frame: pd.DataFrame, filters: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+def filtered(frame: pd.DataFrame, filters: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The rows of a frame of `to_frame` whose columns have one of the values named.
+
+    Raises:
+        SettingError: If there is no such filter, or it leaves nothing.
+    """
     columns = ["arm", "stage", "network", "checkpoint", "data", "split", "n", "seed", "attack", *OF_ATTACKS]
     readers: Mapping[str, Callable[[str], Any]] = {
         "delta": lambda text: parse_budget(text, "delta"), "p": lambda text: parse_number(text, "p"),
         "n": lambda text: parse_number(text, "n"), "seed": lambda text: parse_number(text, "seed"),
         "attack": lambda text: "none" if text == "clean" else text,
     }  # fmt: skip
+    columns = [column for column in columns if column in frame]
     kept = pd.Series(True, index=frame.index)
     for column, texts in filters.items():
         if column not in columns:

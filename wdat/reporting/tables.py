@@ -252,8 +252,8 @@ def in_a_line(records: Sequence[Record]) -> str:
 
 def to_markdown(grid: Grid) -> str:
     """The table, with its title above and its notes below."""
-    below = "\n".join(f"- {_literal(note)}" for note in grid.notes)
-    above = f"{_literal(grid.title)}\n\n" if grid.title else ""
+    below = "\n".join(f"- {literal(note)}" for note in grid.notes)
+    above = f"{literal(grid.title)}\n\n" if grid.title else ""
     return f"{above}{markdown(grid)}\n" + (f"\n{below}\n" if below else "")
 
 
@@ -261,14 +261,14 @@ def markdown(grid: Grid) -> str:
     """The table alone."""
     columns = list(grid.cells.columns)
     ruler = ["---:" if column in grid.numbers else "---" for column in columns]
-    lines = [[_literal(column) for column in columns], ruler]
+    lines = [[literal(column) for column in columns], ruler]
     for i, row in enumerate(grid.cells.itertuples(index=False)):
-        cells = [_literal(cell) for cell in row]
+        cells = [literal(cell) for cell in row]
         lines.append([f"**{c}**" if (i, column) in grid.best else c for c, column in zip(cells, columns, strict=True)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text in a cell of a Markdown table: it ends no cell, and makes no HTML, no link and no emphasis."""
     one_line = " ".join(printable(text).split("\n"))
     return re.sub(r"([|*`\\]|\](?=\())", r"\\\1", one_line).replace("<", "&lt;")
