@@ -80,7 +80,7 @@ def table(found: Sequence[Entry], filters: Mapping[str, Sequence[str]] | None = 
     """A row an entry, norm and budget, the most accurate under the smallest order first.
 
     A column an order: the largest certified accuracy and the smallest under any attack of that order. AutoAttack has a
-    column of its own and counts at order ∞ too.
+    column of its own and counts at order ∞ too. What all rows share is in the title.
 
     Args:
         found: The entries.
@@ -109,7 +109,11 @@ def table(found: Sequence[Entry], filters: Mapping[str, Sequence[str]] | None = 
         raise SettingError("no record is of an attack or a certificate: there is nothing to rank")
     if (cells["AutoAttack"] == "–").all():
         cells = cells.drop(columns="AutoAttack")
-    return Grid(cells, TITLE, numbers=tuple(c for c in cells.columns if c not in ("network", "norm, δ", "data")))
+    shared = {c: cells[c].iloc[0] for c in ("norm, δ", "images", "data") if cells[c].nunique() == 1}
+    cells = cells.drop(columns=list(shared))
+    names = {"images": "{} images", "data": "{}", "norm, δ": "{}"}
+    title = "; ".join([TITLE, *(names[c].format(text) for c, text in shared.items())])
+    return Grid(cells, title, numbers=tuple(c for c in cells.columns if c not in ("network", "norm, δ", "data")))
 
 
 def _order(p: float) -> str:
