@@ -1,7 +1,7 @@
 """The tables and the picture of the case study, from the rows that `benchmarks.case_study` has finished.
 
-    python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json and docs/case-study-*.png
-    python -m benchmarks.case_table                          # prints the tables of the record
+    python -m benchmarks.case_table outputs/case_study       # writes results/case_study.json
+    python -m benchmarks.case_table                          # prints its tables, writes docs/case-study-*.png
     python -m benchmarks.case_table outputs/scratch --control trades --record results/case_scratch.json
 
 Accuracies in percent. Knapsack accuracies come from the nearest-flip distances of single images, the others from
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.case_arms import ARMS, NETWORKS
 from benchmarks.common import CONSOLE
-from wdat.attacks.knapsack_allocation import curve, solve
+from wdat.attacks.knapsack_allocation import solve
 from wdat.cli.console import readable_errors
 from wdat.errors import SettingError
 from wdat.records import installed_versions, read, source_commit
@@ -185,20 +185,24 @@ def _difference(found: dict[str, Any] | None) -> str:
 
 
 @house_style()
-def picture(out: Path, network: str, arms: Sequence[str], place: Path) -> None:
-    """Knapsack accuracy against the budget, W₂, on the re-encoded images; first seed of each arm."""
+def picture(found: Sequence[dict[str, Any]], network: str, place: Path) -> None:
+    """Accuracy under the knapsack at W₂, less that of the first arm, for every arm of a network's table.
+
+    At the budgets of the record, on the re-encoded test images: means over seeds with their standard deviation. Lines
+    join what was measured.
+    """
     figure, axes = new_axes()
+    arms = [row for row in found if row["network"] == network and row["test"] == "test_jpeg"]
     delta = NETWORKS[network].delta
-    for i, arm in enumerate(arms):
-        seeds = finished(out / network / arm, "test_jpeg")
-        budgets, accuracies = curve(flips(seeds[min(seeds)]), 2.0)
-        dash = ("-", "--", "-.", ":")[i // 8 % 4]
-        axes.plot(255 * budgets.numpy(), 100 * accuracies.numpy(), ls=dash, lw=1.3, label=ARMS[arm].says)
-    axes.axvline(delta, color="#222222", ls=":", lw=1, label=f"δ = {delta:g}/255")
-    axes.set(
-        xlim=(0, 2.5 * delta), ylim=(0, 100), xlabel="budget δ in 1/255, l∞, W₂", ylabel="accuracy at most, in percent"
-    )
-    axes.set_title(f"{network} under the knapsack, {TESTS['test_jpeg']}")
+    budgets = {"clean": 0.0, "w2": delta, "w2_2": 2 * delta}
+    for i, row in enumerate(arms):
+        mean = [100 * (row["mean"][k] - arms[0]["mean"][k]) for k in budgets]
+        sd = [100 * row["sd"].get(k, 0.0) for k in budgets]
+        look: dict[str, Any] = {"ls": ("-", "--", "-.", ":")[i // 8 % 4], "marker": "osD^v"[i % 5], "lw": 1.2}
+        axes.errorbar(list(budgets.values()), mean, sd, label=row["says"], **look)
+    axes.set(xlim=(-0.05 * delta, 2.1 * delta), xlabel="budget δ in 1/255, l∞, W₂",
+             ylabel=f"knapsack accuracy, points above “{arms[0]['says']}”")  # fmt: skip
+    axes.set_title(f"{network}, {TESTS['test_jpeg']}")
     legend_below(figure, axes)
     save(figure, place)
 
@@ -217,19 +221,15 @@ def main() -> None:
         record |= {"commit": source_commit(), "versions": installed_versions()}
         args.record.write_text(json.dumps(record, indent=1) + "\n")
         CONSOLE.print(f"record {args.record}", markup=False)
-        shown: dict[str, list[str]] = {}  # every competitor of the table
-        for row in found:
-            if row["test"] == "test_jpeg":
-                shown.setdefault(row["network"], []).append(row["arm"])
-        for network, arms in shown.items():
-            place = args.pictures / f"case-study-{network}.png"
-            picture(args.out, network, arms, place)
-            CONSOLE.print(f"picture {place}", markup=False)
     if not args.record.exists():
         raise SettingError(f"there is no record {args.record}; name the folder of benchmarks.case_study")
     found = json.loads(args.record.read_text())["rows"]
     for network, test in dict.fromkeys((row["network"], row["test"]) for row in found):
         print(f"\n{network}, {TESTS[test]}\n\n{table(found, network, test)}")
+        if test == "test_jpeg":
+            place = args.pictures / f"case-study-{network}.png"
+            picture(found, network, place)
+            CONSOLE.print(f"picture {place}", markup=False)
 
 
 if __name__ == "__main__":
