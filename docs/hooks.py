@@ -105,6 +105,11 @@ def on_page_content(content: str, page: Any, config: MkDocsConfig, files: Files)
     for tag, ends, display in (("span", (r"\(", r"\)"), "inline"), ("div", (r"\[", r"\]"), "block")):
         pattern = rf'<{tag} class="arithmatex">{re.escape(ends[0])}(.*?){re.escape(ends[1])}</{tag}>'
         pieces = re.split(pattern, content, flags=re.S)
-        pieces[1::2] = [convert(html.unescape(formula), display=display) for formula in pieces[1::2]]
+        pieces[1::2] = [_mathml(html.unescape(formula), display) for formula in pieces[1::2]]
         content = "".join(pieces)
     return content
+
+
+def _mathml(formula: str, display: str) -> str:
+    """A formula with the bars of norms as tall on the right, where an index follows, as on the left."""
+    return str(convert(formula, display=display)).replace("<mo>&#x02016;<", '<mo stretchy="false">&#x02016;<')

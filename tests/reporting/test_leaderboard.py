@@ -41,7 +41,7 @@ def test_ends_are_the_best_known():
     (row,) = table(entries([run()])).cells.to_dict("records")
     assert row["network"] == "net, net_adv"
     assert (row["clean"], row["AutoAttack"]) == ("90.0", "55.0")
-    assert (row["W_∞"], row["W_2"], row["W_1"]) == ("[50.0, 55.0]", "[30.0, 40.0]", "≤ 20.0")
+    assert (row["W∞"], row["W₂"], row["W₁"]) == ("[50.0, 55.0]", "[30.0, 40.0]", "≤ 20.0")
 
 
 def test_weights_and_budgets_have_rows_of_their_own_the_best_first():
@@ -51,7 +51,7 @@ def test_weights_and_budgets_have_rows_of_their_own_the_best_first():
     cells = table(entries([run(), run([*better]), run([replace(small, delta=1 / 255)])])).cells
     assert list(cells["network"]) == ["net, net_adv", "other", "net, net_adv"]
     assert list(cells["norm, δ"]) == ["linf, 1/255", "linf, 8/255", "linf, 8/255"]
-    assert list(cells["W_2"]) == ["≤ 70.0", "≤ 40.0", "[30.0, 40.0]"]
+    assert list(cells["W₂"]) == ["≤ 70.0", "≤ 40.0", "[30.0, 40.0]"]
 
 
 def test_a_submission_carries_records_and_commands(tmp_path):

@@ -13,7 +13,7 @@ import pandas as pd
 from wdat.errors import SettingError
 from wdat.records import EXAMPLES, Record, budget_name, write
 from wdat.reporting.compare import filtered
-from wdat.reporting.frame import percent, to_frame
+from wdat.reporting.frame import order_name, percent, to_frame
 from wdat.reporting.runs import Run, find
 from wdat.reporting.tables import Grid, literal, to_markdown
 from wdat.terminal import printable
@@ -98,7 +98,7 @@ def table(found: Sequence[Entry], filters: Mapping[str, Sequence[str]] | None = 
         ends = {p: _ends(rows[rows["p"] == p]) for p in orders}
         line = {
             "network": found[i].name, "clean": percent(clean.get(i), 1), "AutoAttack": percent(auto, 1),
-            **{f"W_{_order(p)}": _bracket(*ends[p]) for p in orders},
+            **{_order(p): _bracket(*ends[p]) for p in orders},
             "norm, δ": f"{norm}, {budget_name(delta, norm)}", "images": f"{found[i].records[0].n:,}",
             "data": found[i].records[0].data,
         }  # fmt: skip
@@ -117,7 +117,7 @@ def table(found: Sequence[Entry], filters: Mapping[str, Sequence[str]] | None = 
 
 
 def _order(p: float) -> str:
-    return "∞" if math.isinf(p) else f"{p:g}"
+    return "W∞" if math.isinf(p) else order_name(p)
 
 
 def _ends(rows: pd.DataFrame) -> tuple[float, float]:
