@@ -62,7 +62,7 @@ def kl(order: str, radius: float = 0.1) -> tuple[str, ...]:
     return "reweighting=kl", f"reweighting.order={order}", f"reweighting.radius={radius:g}"
 
 
-FAST = "optimizer.lr=2.5η"
+FAST, LIGHT = "optimizer.lr=2.5η", "weight_perturbation.gamma=0.002"
 
 METHODS = {
     "pgd_at": Method("PGD-AT, CE", {r: pgd_at(f"{r}δ") for r in RADII}),
@@ -84,6 +84,7 @@ METHODS = {
     "sr": Method("PGD-AT, weights by SR-WDRO", {r: (*pgd_at(f"{r}δ"), *kl("uniform_weights")) for r in MIDDLE}),
     "armor": Method("PGD-AT, weights by ARMOR", {r: (*pgd_at(f"{r}δ"), *kl("weights_uniform")) for r in MIDDLE}),
     "awp": Method("PGD-AT, AWP", {r: (*pgd_at(f"{r}δ"), AWP) for r in MIDDLE}),
+    "awp_light": Method("PGD-AT, AWP with γ = 0.002", {r: (*pgd_at(f"{r}δ"), AWP, LIGHT) for r in MIDDLE}),
     "gce_awp": Method("PGD-AT, GCE, AWP", {r: (*pgd_at(f"{r}δ"), GCE, AWP) for r in MIDDLE}),
     "gce_sr": Method("PGD-AT, GCE, SR-WDRO", {r: (*pgd_at(f"{r}δ"), GCE, *kl("uniform_weights")) for r in RADII[1:]}),
     "gce_sr3": Method(

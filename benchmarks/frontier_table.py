@@ -195,8 +195,14 @@ def _gain(found: dict[str, Any] | None, key: str) -> str:
     return f"{found[key]['mean']:+.1f} [{found[key]['low']:+.1f}, {found[key]['high']:+.1f}]"
 
 
+def first(row: dict[str, Any]) -> dict[str, float]:
+    """What was measured of an arm's first seed."""
+    measures: dict[str, float] = row["by_seed"][min(row["by_seed"])]
+    return measures
+
+
 def picture(found: list[dict[str, Any]], methods: list[str], place: Path) -> None:
-    """Clean against knapsack accuracy of each method over its strengths, the mean over the seeds of each arm."""
+    """Clean against knapsack accuracy of each method over its strengths; the first seed, which all arms have."""
     networks = list(dict.fromkeys(row["network"] for row in found))
     drawn = [method for method in methods if any(row["method"] == method for row in found)]
     with house_style():
@@ -207,7 +213,7 @@ def picture(found: list[dict[str, Any]], methods: list[str], place: Path) -> Non
         for line, network in zip(grid, networks, strict=True):
             for axes, key in zip(line, GAINS, strict=True):
                 for i, method in enumerate(drawn):
-                    own = [r["mean"] for r in found if (r["network"], r["method"]) == (network, method)]
+                    own = [first(r) for r in found if (r["network"], r["method"]) == (network, method)]
                     clean, accuracy = zip(*sorted((m["clean"], m[key]) for m in own), strict=True) if own else ((), ())
                     style: dict[str, Any] = {"lw": 2.2, "color": "#222222"} if method == "pgd_at" else {"lw": 1.2}
                     marker, label = "osD^v<>PX*"[i % 10], METHODS[method].says
