@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 FINE_TUNING = "fine-tuning"  # what train.py does without an experiment
 PUBLISHED = ["trades2019", "hendrycks2019", "rebuffi2021", "rebuffi2021_pytorch", "wang2023"]
 RECIPES = [FINE_TUNING, "finetune_plain", *PUBLISHED]
+QUICK = ("rebuffi2021", "wang2023")  # between them all that a recipe may set
+TRAINED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
 EVALUATION = "evaluation.attack_options"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -231,7 +233,7 @@ def trained(tmp_path_factory):
     return one
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_three_steps_with_all_of_a_recipe(name, trained):
     run = trained(name)
     decay, nesterov, exempt, smoothing, smooth, averaging, *_ = MEANS[name]

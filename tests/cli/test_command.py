@@ -71,7 +71,18 @@ def test_the_help_lists_what_can_be_chosen(script, without):
 
 # --- starting ---------------------------------------------------------------------------------------------------------
 
-SLOW = ("torch", "scipy", "scipy.stats", "wandb", "robustbench", "matplotlib", "pandas", "sklearn", "lightning")
+SLOW = (
+    "torch",
+    "scipy",
+    "scipy.stats",
+    "wandb",
+    "robustbench",
+    "matplotlib",
+    "pandas",
+    "jinja2",
+    "sklearn",
+    "lightning",
+)
 
 
 def imported(code):
@@ -95,6 +106,7 @@ def test_the_help_is_shown_before_anything_slow_is_imported(script):
     assert imported(f"{code}try:\n    run({script!r})\nexcept SystemExit: pass") == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_any_terminal_and_a_notebooks_environment_do(tmp_path):
     odd = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://no_such.backend"}

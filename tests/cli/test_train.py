@@ -9,17 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import image
 from omegaconf import OmegaConf
-from script_runner import run_script
+from quick_run import EVALUATION, LOCALLY, QUICK, SCRIPT, train
 
 import wdat
 from wdat import models
@@ -27,21 +25,6 @@ from wdat.attacks import build
 from wdat.data import ImageDataModule, digits
 from wdat.models import zoo
 from wdat.records import read
-
-SCRIPT = Path(__file__).parents[2] / "train.py"
-LOCALLY = ["trainer.accelerator=cpu", "trainer.devices=1"]
-EVALUATION = "evaluation.attack_options"
-QUICK = [
-    "experiment=quickstart", *LOCALLY, "trainer.check_val_every_n_epoch=1", "attack.steps=2", "evaluation.curve=[0.5]",
-    "pretrain.max_epochs=6", "data.batch_size=32",
-    "trainer.max_epochs=2", "trainer.log_every_n_steps=3", f"{EVALUATION}.pgd.steps=4",
-    f"{EVALUATION}.pgd.step_size=0.5", f"{EVALUATION}.wpgd.steps=4",
-    f"{EVALUATION}.wpgd.step_size=0.5", "data.limit_train=320", "data.limit_val=30", "data.limit_test=35",
-    "optimizer.lr=0.005",
-]  # fmt: skip
-
-
-train = partial(run_script, SCRIPT)
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +244,7 @@ def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
     assert all(torch.equal(value, whole[key]) for key, value in found.items())
 
 
+@pytest.mark.long
 def test_the_switches_for_speed(tmp_path):
     shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     run = tmp_path / "run"
@@ -362,138 +346,6 @@ def test_without_callbacks_a_run_trains_and_saves_nothing(tmp_path):
     assert [file for file in Path("run").rglob("*") if file.suffix in (".ckpt", ".json", ".html")] == []
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-def npz(path, labels=(0, 1, 2, 3, 4, 5, 6, 7), size=32):
-    images, labels = np.zeros((8, size, size, 3), np.uint8), np.array(labels)
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return path
-
-
-def refused(*arguments):
-    """The message of a run that must fail: a line or two, no traceback, status 2."""
-    short = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=32", "+trainer.max_time=00:00:00:03"]
-    result = train(*QUICK, *short, "hydra.run.dir=run", *arguments)
-    assert "Traceback" not in result.out + result.err
-    assert result.status == 2, result.err[-600:]
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") <= 2
-    assert not Path("run").exists(), "noticed before any work"
-    return result.err
-
-
-BAD = {
-    "model=robustbench model.name=Rebufi2021Fixing_70_16": ["model.name", "Rebuffi2021Fixing_70_16_cutmix_ddpm"],
-    "model=robustbench model.name=Rebuffi2021Fixing_70_16": ["model.name", "Rebuffi2021Fixing_70_16_cutmix_ddpm"],
-    "model=robustbench": ["model.name"],
-    "attack._target_=wdat.attacks.WPDG": ["attack._target_"],
-    "attack.loss=cee": ["attack.loss", "ce"],
-    "attack.radii_loss=kl": ["attack.radii_loss", "ce"],
-    "attack.steps=0": ["attack.steps", "at least 1"],
-    "attack.radius_max=0.5": ["attack.radius_max", "at least 1"],
-    "threat.delta=-1": ["threat.delta", "negative"],
-    "threat.delta=abc": ["threat.delta", "8/255"],
-    "threat.p=0.5": ["threat.p", "at least 1"],
-    "threat.p=1": ["threat.p", "> 1"],
-    "threat.norm=l1": ["threat.norm", "l2"],
-    "data=npz": ["data.path"],
-    "data=npz data.path=missing.npz": ["data.path=missing.npz", "no such file"],
-    "data.limit_train=0": ["data.limit_train", "null"],
-    "data.batch_size=0": ["data.batch_size", "from 1"],
-    "data.num_classes=7": ["data.num_classes", "10"],
-    "objective.beta_w=-1": ["objective.beta_w", "negative"],
-    "objective.label_smoothing=1": ["objective.label_smoothing", "[0, 1)"],
-    "objective.smooth=synthetics": ["objective.smooth", "synthetic"],
-    "optimizer.exempt=[norms]": ["optimizer.exempt", "norm"],
-    "optimizer.per_batch=0": ["optimizer.per_batch", "null"],
-    "sensitivity.every=0": ["sensitivity.every", "at least 1"],
-    "averaging=ema averaging.decay=1": ["averaging.decay"],
-    "averaging=ema averaging.start=1": ["averaging.start"],
-    "sensitivity.window=0": ["sensitivity.window", "at least 1", "null"],
-    "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "bf16-mixed"],
-    "sensitivity=subsample sensitivity.size=0": ["sensitivity.size", "at least 1"],
-    "finetune.trainable=heads": ["finetune.trainable", "head"],
-    "trainer.devices=3": ["data.batch_size=32", "over 3", "33"],
-    "callbacks.checkpoint.mode=maxx": ["callbacks.checkpoint", "maxx"],
-    "optimizer._target_=torch.optim.AdamW": ["argument of AdamW", "~optimizer.momentum ~optimizer.nesterov"],
-    "optimizer.momentum=-1": ["optimizer", "momentum"],
-    "data.num_classes=2 attack.loss=redlr": ["attack.loss", "three classes"],
-    "attack=wpgd data.num_classes=2 attack.radii_loss=redlr": ["attack.radii_loss"],
-    "resume=nowhere": ["resume=nowhere", "not the folder of a run"],
-    "seed=-1": ["seed"],
-    "monitor=val/acc_distribution": ["monitor", "val/acc_distributional"],
-    "trainer.max_epochs=-1": ["trainer.max_epochs"],
-}
-
-
-@pytest.mark.parametrize("arguments", BAD)
-def test_bad_settings_are_named_with_a_remedy(arguments):
-    message = refused(*arguments.split())
-    for word in BAD[arguments]:
-        assert word in message
-
-
-def test_labels_out_of_range_are_named(tmp_path):
-    path = npz(tmp_path / "labels.npz", [0, 1, 2, 3, 4, 5, 6, 12])
-    message = refused("data=npz", f"data.path={path}", "data.val_size=2")
-    assert "y_train" in message
-    assert "data.num_classes=13" in message
-
-
-@pytest.mark.parametrize("measured", [[], ["callbacks.robust_evaluation=null"]])
-def test_images_that_the_network_cannot_take_are_told_before_any_pass(tmp_path, measured):
-    path = npz(tmp_path / "large.npz", size=64)
-    message = refused("data=npz", f"data.path={path}", "data.val_size=2", *measured)
-    assert "can't take images (1, 3, 64, 64)" in message
-
-
-def checkpoint(kind, folder):
-    path = folder / "weights.pt"
-    if kind == "another architecture":
-        torch.save(models.load_network("cnn_a").state_dict(), path)
-    elif kind == "corrupt":
-        torch.save(models.load_network("small_cnn").state_dict(), path)
-        path.write_bytes(path.read_bytes()[:5000])
-    elif kind == "pickled":
-        torch.save(models.load_network("small_cnn"), path)
-    elif kind == "a web page":
-        path.write_text("<!DOCTYPE html><html>Quota exceeded</html>")
-    return path
-
-
-@pytest.mark.parametrize("kind", ["another architecture", "missing", "corrupt", "pickled", "a web page"])
-def test_bad_checkpoints_are_named(kind, tmp_path):
-    path = checkpoint(kind, tmp_path)
-    message = refused(f"model.checkpoint={path}")
-    assert "model.checkpoint" in message
-    assert str(path) in message
-
-
-def test_a_missing_network_of_the_zoo_says_where_to_put_it(monkeypatch, tmp_path):
-    zoo.robustbench()
-    monkeypatch.setattr("robustbench.utils.download_gdrive_new", _no_network)
-    path = npz(tmp_path / "images.npz")
-    message = refused(
-        "model=Rebuffi2021", "attack=wpgd", "data=npz", f"data.path={path}", "data.val_size=2", "model.root=weights"
-    )
-    assert "model.name" in message
-    assert str(tmp_path / "weights/cifar10/Linf/Rebuffi2021Fixing_28_10_cutmix_ddpm.pt") in message
-
-
-def test_missing_images_say_where_to_put_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("wdat.data.cifar.download_and_extract_archive", _no_network)
-    result = train("model=Rebuffi2021", "attack=wpgd", *LOCALLY, "hydra.run.dir=run", "data.root=images")
-    assert result.status == 2
-    assert "Traceback" not in result.out + result.err
-    for word in ("data.root=images", str(tmp_path / "images" / "cifar-10-batches-py"), "data=npz"):
-        assert word in result.err
-
-
-def _no_network(*others, **options):
-    raise URLError("Name or service not known")
-
-
 def script(*arguments, folder, timeout=280):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -521,6 +373,7 @@ def test_from_a_shell(alone, tmp_path):
     assert {r.stage for r in read(alone.folder / "records.json")} == {"before", "epoch", "after"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(alone, tmp_path):
     """35 test images, an odd number: none is left out and none counted twice."""
@@ -560,6 +413,7 @@ def test_a_real_network_on_real_images(shared, tmp_path):
     assert [r.stage for r in records if r.attack == "none"] == ["before", "epoch", "after"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:wpgd. every gradient is zero")  # fresh weights classify nothing
 def test_a_network_of_the_zoo_trains(tmp_path):

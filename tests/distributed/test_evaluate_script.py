@@ -74,7 +74,9 @@ def same_folder(one, two):
     assert [passes for passes, _ in a["effort"]] == [passes for passes, _ in b["effort"]]
 
 
-@pytest.mark.parametrize("starter", [by_two, torchrun], ids=["lightning", "torchrun"])
+@pytest.mark.parametrize(
+    "starter", [by_two, pytest.param(torchrun, marks=pytest.mark.long)], ids=["lightning", "torchrun"]
+)
 def test_two_processes_give_the_folder_of_one(single, tmp_path, starter):
     """Without hydra.run.dir, whose default holds the time: the first process chooses the folder for both."""
     done = starter(*WHOLE, folder=tmp_path)
@@ -116,6 +118,7 @@ def by_kind(folder):
     return {f"{r['attack']} {r['loss']} {r['delta']:.6f}": r for r in plain(folder)}
 
 
+@pytest.mark.long
 def test_fewer_images_than_processes(tmp_path):
     """One image: the second process has none."""
     few = [*QUICK, "losses=[ce]", "data.limit_test=1"]
@@ -157,7 +160,7 @@ def test_an_error_is_told_once_and_leaves_nothing(tmp_path, starter, override, w
     assert [f.name for f in tmp_path.iterdir()] == ["radii.npy"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_stop_is_at_once_and_keeps_what_is_recorded(tmp_path, number):
     command = [sys.executable, str(SCRIPT), *QUICK, TWO, "attack_options.wpgd.steps=100000", "hydra.run.dir=run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -69,6 +69,7 @@ def test_two_processes_give_the_records_of_one(measured, images, weights):
     assert min(accuracies) < 0.9 * accuracies[0], "attacks that do nothing would agree anyway"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_network_on_real_images(measured, shared):
     weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"

@@ -47,6 +47,15 @@ OTHERS = {
     },
     "unequal shares, table": {"overrides": ["attack=wpgd", "sensitivity=table", *SHARED], "limit_train": 7},
 }  # fmt: skip
+SAMPLE = (
+    "wpgd_budget table",
+    "wpgd exact",
+    "critical exact",
+    "head",
+    "fixed BatchNorm",
+    "unequal shares, reweighted, awp",
+)
+QUICK = {name: case for name, case in {**CASES, **OTHERS}.items() if name in SAMPLE}
 POOLED = {
     f"pool, {name}": {"overrides": ["attack=wpgd_budget", "attack.steps=3", "threat.delta=0.05", *overrides],
                       "synthetic": settings}
@@ -95,7 +104,11 @@ def same_weights(start, one, first, second, name, moved=1e-4):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
-@pytest.mark.parametrize("cases", [CASES, OTHERS], ids=["whole", "in part and in unequal shares"])
+@pytest.mark.parametrize(
+    "cases",
+    [QUICK, pytest.param(CASES, marks=pytest.mark.long), pytest.param(OTHERS, marks=pytest.mark.long)],
+    ids=["quick", "whole", "in part and in unequal shares"],
+)
 def test_two_processes_train_what_one_does(compared, cases):
     start, one, first, second = compared(list(cases.values()))
     for name, *weights in zip(cases, one, first, second, strict=True):

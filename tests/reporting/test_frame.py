@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,13 +130,6 @@ def test_loading_records_names_what_is_missing(tmp_path):
     )
     with pytest.raises(SettingError, match="holds no records"):
         wdat.load_records(tmp_path / "other")
-
-
-def test_pandas_and_matplotlib_are_imported_where_they_are_used():
-    program = "import sys, wdat; assert not {'pandas', 'matplotlib', 'jinja2'} & set(sys.modules) - set(before)"
-    before = "import sys, torch, lightning, torchmetrics; before = [*sys.modules]\n"
-    done = subprocess.run([sys.executable, "-c", before + program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def section_of(*records):

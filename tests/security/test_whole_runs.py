@@ -74,6 +74,7 @@ def test_the_search_for_secrets_finds_them(tmp_path):
     assert holds_a_secret(said, tmp_path) == ["deep/x.log", "stdout"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_wandbs_own_files_hold_no_secret(tmp_path):
     """In an interpreter of its own, because W&B starts processes."""

@@ -239,6 +239,7 @@ while True:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_logged(tmp_path):
     """Also while the file is written anew for a new column, as in every seventh row here."""

@@ -51,6 +51,7 @@ def test_a_run_in_two_processes_has_one_file_of_metrics(pair):
     assert len(figures(pair)[0]) == 5  # two tests, two steps, one validation
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_and_lightning_give_the_same_run_in_one_folder(pair, tmp_path):
     found = torchrun(*QUICK, "trainer.devices=2", folder=tmp_path)
