@@ -121,10 +121,12 @@ REFERENCE = ("pgd_at", "slow", "slower")
 """Methods that the others are compared with, at their own clean accuracy: PGD-AT at three rates, the best of them."""
 
 
-def study_of(network: str, out: Path, data: Path, images: int = IMAGES, more: tuple[str, ...] = ()) -> Study:
+def study_of(
+    network: str, out: Path, data: Path, images: int = IMAGES, passes: int = PASSES, more: tuple[str, ...] = ()
+) -> Study:
     """The rows of one network; `more` are further settings of `train.py`."""
     settings = (f"data.limit_train={images}", f"data.val_size={VALIDATION}", *FASTER, *more)
-    return Study(network, out, data, passes=PASSES, more=settings, arms=ARMS)
+    return Study(network, out, data, passes=passes, more=settings, arms=ARMS)
 
 
 def evaluation(study: Study, arm: str, seed: int, split: str = "test") -> list[str]:
@@ -149,7 +151,7 @@ def row(study: Study, arm: str, seed: int, splits: Sequence[str]) -> None:
     train(study.training(arm, seed), place / "train")
     about = {
         "network": study.network, "arm": arm, "says": ARMS[arm].says, "seed": seed, "settings": ARMS[arm].settings,
-        "passes_an_epoch": ARMS[arm].passes, "epochs": PASSES // ARMS[arm].passes,
+        "passes_an_epoch": ARMS[arm].passes, "epochs": study.passes // ARMS[arm].passes,
         "seconds": time.monotonic() - started,
     }  # fmt: skip
     if not (place / "arm.json").exists():
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--images", type=int, default=IMAGES, help="to train on, drawn by class from the seed")
+    parser.add_argument("--passes", type=int, default=PASSES, help="of each image, forward and backward")
     parser.add_argument("--splits", nargs="+", choices=["test", "val"], default=["test"], help="to measure on")
     parser.add_argument("--data", type=Path, required=True, help="npz of the re-encoded images")
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"))
@@ -175,7 +178,7 @@ def main() -> None:
     failed: list[str] = []
     for seed in args.seeds:
         for network in args.networks:
-            study = study_of(network, args.out, args.data, args.images, tuple(args.set))
+            study = study_of(network, args.out, args.data, args.images, args.passes, tuple(args.set))
             for arm in args.arms:
                 if args.list:
                     for command in (study.training(arm, seed), *(evaluation(study, arm, seed, s) for s in args.splits)):
