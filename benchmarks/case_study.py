@@ -82,25 +82,30 @@ class Study:
         place = self.out / self.network / "first/train"
         return self._train(0, *NETWORKS[self.network].first, f"hydra.run.dir={place}")
 
-    def training(self, arm: str, seed: int) -> list[str]:
-        """The command that trains a row.
+    def epochs_of(self, arm: str) -> int:
+        """How long an arm is trained.
 
         Raises:
             SettingError: If the passes aren't whole epochs of it.
         """
-        each, epochs = self.arms[arm].passes, self.epochs
-        if self.passes:
-            epochs, left = divmod(self.passes, each)
-            if left:
-                raise SettingError(
-                    f"--passes={self.passes} isn't a whole number of epochs of {arm}, which costs {each} passes an "
-                    f"epoch: take {max(epochs, 1) * each}, or {PASSES} for all arms"
-                )
+        if not self.passes:
+            return self.epochs
+        each = self.arms[arm].passes
+        epochs, left = divmod(self.passes, each)
+        if left:
+            raise SettingError(
+                f"--passes={self.passes} isn't a whole number of epochs of {arm}, which costs {each} passes an "
+                f"epoch: take {max(epochs, 1) * each}, or {PASSES} for all arms"
+            )
+        return epochs
+
+    def training(self, arm: str, seed: int) -> list[str]:
+        """The command that trains a row."""
         start = [rate(SCRATCH_RATE)]
         if not self.scratch:
             start = [f"model.checkpoint={self.weights()}", rate(NETWORKS[self.network].rate)]
         return self._train(
-            seed, f"trainer.max_epochs={epochs}", *FINE_TUNING, *start, *self.arms[arm].settings,
+            seed, f"trainer.max_epochs={self.epochs_of(arm)}", *FINE_TUNING, *start, *self.arms[arm].settings,
             f"hydra.run.dir={self.place(arm, seed) / 'train'}",
         )  # fmt: skip
 

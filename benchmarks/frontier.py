@@ -151,7 +151,7 @@ def row(study: Study, arm: str, seed: int, splits: Sequence[str]) -> None:
     train(study.training(arm, seed), place / "train")
     about = {
         "network": study.network, "arm": arm, "says": ARMS[arm].says, "seed": seed, "settings": ARMS[arm].settings,
-        "passes_an_epoch": ARMS[arm].passes, "epochs": study.passes // ARMS[arm].passes,
+        "passes_an_epoch": ARMS[arm].passes, "epochs": study.epochs_of(arm),
         "seconds": time.monotonic() - started,
     }  # fmt: skip
     if not (place / "arm.json").exists():

@@ -33,6 +33,7 @@ API: dict[str, tuple[str, dict[str, tuple[str, ...] | None]]] = {
     ),
     "models": ("Models and data", {"wdat.models": None, "wdat.data": None}),
 }
+FIGURES = re.compile(r"<td>(?=(?:<strong>)?[-+−–≤\[\d][^a-z]*(?:<strong>|</strong>)?[^a-z]*</td>)")
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s#]*)")  # in Markdown, to a file
 SHOWN = (".png", ".json", ".ipynb")  # kinds of files that a page may link to
 
@@ -101,13 +102,16 @@ def relinked(text: str, source: PurePosixPath, files: Files, config: MkDocsConfi
 
 
 def on_page_content(content: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    r"""Formulas, which are `\(...\)` and `\[...\]` by now, as MathML: no script and no font is loaded for them."""
+    r"""Formulas, which are `\(...\)` and `\[...\]` by now, as MathML, for which no script and no font is loaded.
+
+    Cells that hold figures and nothing else are marked, so that intervals aren't broken into lines.
+    """
     for tag, ends, display in (("span", (r"\(", r"\)"), "inline"), ("div", (r"\[", r"\]"), "block")):
         pattern = rf'<{tag} class="arithmatex">{re.escape(ends[0])}(.*?){re.escape(ends[1])}</{tag}>'
         pieces = re.split(pattern, content, flags=re.S)
         pieces[1::2] = [_mathml(html.unescape(formula), display) for formula in pieces[1::2]]
         content = "".join(pieces)
-    return content
+    return FIGURES.sub('<td class="figures">', content)
 
 
 def _mathml(formula: str, display: str) -> str:

@@ -19,8 +19,11 @@ def test_the_site(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    method, api = ((tmp_path / "site" / page / "index.html").read_text() for page in ("method", "api/api"))
+    names = ("method", "api/api", "case-study")
+    method, api, study = ((tmp_path / "site" / page / "index.html").read_text() for page in names)
     assert "<math" in method
     assert "arithmatex" not in method
+    assert "critical radii d*, drawn radii d* U" in study, "stars begin no emphasis"
+    assert '<td class="figures">+3.4 [' in study
     for name in ("evaluate", "RobustEvaluation", "nearest_adversarial", "ThreatModel"):
         assert f'.{name}"' in api

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import near_ties, summary
+from wdat.errors import SettingError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,9 +22,11 @@ def run(module, *arguments):
     return done.stdout
 
 
-def test_the_tables_of_the_pages_are_made_from_the_records():
+def test_the_tables_of_the_pages_are_made_from_the_records(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["summary", str(ROOT / "results")])
+    summary.main()
     pages = {"loading a batch": "synthetic.md", "| fault |": "devices.md"}
-    tables = run("summary").strip().split("\n\n")
+    tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 5
     for table in tables:
         page = next((page for words, page in pages.items() if words in table), "cost.md")
@@ -40,14 +45,27 @@ def test_the_page_on_the_method_quotes_the_record_of_near_ties():
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path):
+def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path, monkeypatch):
     record = tmp_path / "near_ties.json"
-    images = shared / "data/cifar10_subset.npz"
-    run("near_ties", "--checkpoint", shared / "models/resnet2b.pt", "--data", images, "--output", record)
+    given = {"--checkpoint": shared / "models/resnet2b.pt", "--data": shared / "data/cifar10_subset.npz"}
+    given["--output"] = record
+    monkeypatch.setattr(sys, "argv", ["near_ties", *(str(word) for pair in given.items() for word in pair)])
+    near_ties.main()
     found, committed = (json.loads(file.read_text())["rows"] for file in (record, ROOT / "results" / "near_ties.json"))
     assert [row.keys() for row in found] == [row.keys() for row in committed]
     for one, other in zip(found, committed, strict=True):
         assert one == {k: v if isinstance(v, (str, int)) else pytest.approx(v, rel=1e-3) for k, v in other.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_benchmark_of_masked_networks(shared, tmp_path):
+    record = tmp_path / "masked.json"
+    given = ["--checkpoint", shared / "models/resnet2b.pt", "--data", shared / "data/cifar10_subset.npz"]
+    run("masked", *given, "--images", 2, "--masks", "input rounded to 8 bits", "--output", record)
+    (row,) = json.loads(record.read_text())["rows"]
+    assert row["accuracy"]["quick"] == row["accuracy"]["clean"]
+    assert set(row["accuracy"]) == {"clean", "quick", "default", "thorough", "autoattack"}
 
 
 @pytest.mark.slow
@@ -110,11 +128,9 @@ def test_the_pool_benchmark(shared, tmp_path):
     assert all(times["min"] > 0 for times in found["disk"]["milliseconds"].values())
 
 
-def test_missing_images_are_named(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.near_ties", "--data", str(tmp_path / "no.npz"), "--output"]
-    command += [str(tmp_path / "record.json"), "--network", "small_cnn"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2
-    assert "error: --data=" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_missing_images_are_named(tmp_path, monkeypatch):
+    given = ["--data", tmp_path / "no.npz", "--output", tmp_path / "record.json", "--network", "small_cnn"]
+    monkeypatch.setattr(sys, "argv", ["near_ties", *map(str, given)])
+    with pytest.raises(SettingError, match="--data="):
+        near_ties.main()
     assert not (tmp_path / "record.json").exists()

@@ -161,6 +161,7 @@ def test_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_module_is_a_program(tmp_path):
     command = [sys.executable, "-m", "wdat.cli.collect", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import wdat
 from wdat.evaluation.statistics import bootstrap_interval, masking_warning
 from wdat.records import Record
+from wdat.reporting.frame import sections, to_frame
+from wdat.reporting.results import notes
 
 
 @pytest.mark.parametrize(("hits", "n"), [(50, 100), (3, 40), (580, 846), (1, 7), (39, 40)])
@@ -47,3 +54,36 @@ def test_a_knapsack_that_leaves_more_than_autoattack_is_warned_of():
     assert "25.0 %" in text
     assert "20.0 %" in text
     assert "effort=thorough" in text
+
+
+class Saturated(nn.Module):
+    """Rounds its input, so that every gradient is zero; black-box attacks don't mind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(48, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(torch.round(x * 255).flatten(1) / 255)
+
+
+def test_a_network_that_masks_its_gradients_is_not_called_robust_in_silence():
+    """The search finds no point at all, Square does: both are said, from Python and in the report's notes."""
+    network, x = Saturated(), torch.rand(12, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    y = network(x).argmax(1)
+    square = {"autoattack": {"version": "custom", "attacks_to_run": ("square",)}}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        records = wdat.evaluate(
+            network, [(x, y)], wdat.ThreatModel("inf", "linf", 0.3), ["knapsack", "autoattack"], options=square
+        )
+    _, knapsack, autoattack = records
+    assert knapsack.accuracy == 1
+    assert autoattack.accuracy < 0.9
+    assert knapsack.details["unfound"] == 12
+    texts = [str(warning.message) for warning in said]
+    assert any("no misclassified point was found anywhere for 12 of 12 images" in text for text in texts)
+    assert any("the search missed points" in text for text in texts)
+    (section,) = sections(to_frame(records))
+    assert sum("12 of 12 images" in note or "points leave 100.0 %" in note for note in notes(section)) == 2

@@ -127,6 +127,7 @@ def test_json_and_the_same_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_reader_that_has_had_enough() -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -19,6 +20,12 @@ from wdat.precision import float32
 from wdat.threat import ThreatModel
 
 CURVE_POINTS = 64
+FEW = 0.05  # of the attacked images may be left without a point by a short search
+UNFOUND = (
+    "knapsack: no misclassified point was found anywhere for {} of {} images, as where gradients vanish or mislead "
+    "(gradient masking): its accuracy is no evidence of robustness; set attack_options.knapsack.effort=thorough, and "
+    "compare with attacks=[autoattack]"
+)
 
 
 @dataclass
@@ -113,9 +120,13 @@ class Knapsack(Attack):
         if nearest is None or not nearest.serves(threat, context.processes):
             nearest = self._search(network, x, y, threat.norm, context, [threat], nearest)
         whole, optimum = divide(nearest, threat, context)
+        details = figures(nearest, optimum, threat, context)
+        attacked = int((context.processes.gather(nearest.distances) > 0).sum())
+        if details["unfound"] > FEW * attacked:
+            warnings.warn(UNFOUND.format(details["unfound"], attacked), stacklevel=4)
         x_adv = torch.where(whole.view(-1, *[1] * (x.dim() - 1)), nearest.x_adv, x)
         radii = torch.where(whole, nearest.distances, 0.0)
-        return Moved(x_adv, radii, threat.delta, None, details=figures(nearest, optimum, threat, context))
+        return Moved(x_adv, radii, threat.delta, None, details=details)
 
 
 def divide(nearest: NearestAdversarial, threat: ThreatModel, context: Context) -> tuple[Tensor, Allocation]:
@@ -145,6 +156,7 @@ def figures(nearest: NearestAdversarial, optimum: Allocation, threat: ThreatMode
         "effort": effort,
         "valid_up_to": None if math.isinf(served) else served,
         "pointwise_accuracy": solve(distances, threat.pointwise()).accuracy,
+        "unfound": int(distances.isinf().sum()),
     }
     return {**about, **_optimum(distances, optimum, threat)}
 

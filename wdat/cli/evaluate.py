@@ -23,7 +23,7 @@ from wdat.data.batch import Batch
 from wdat.distributed import current, together
 from wdat.errors import SettingError, Stopped, unknown
 from wdat.evaluation import ImageTensors
-from wdat.evaluation.evaluator import Evaluator, plan, settings
+from wdat.evaluation.evaluator import Evaluator, plan, settings, warn_of_masking
 from wdat.evaluation.session import Session, read_radii
 from wdat.losses import check_classes
 from wdat.records import Facts, RecordFile
@@ -93,6 +93,8 @@ def evaluate(cfg: DictConfig, run_dir: Path) -> RecordFile:
             session.certify(certificate, threats, attacks)
         if cfg.save_distances:
             session.save_distances(attacks, base.norm)
+        if first:
+            warn_of_masking(results.records)
 
     loop = trainer.test if cfg.split == "test" else trainer.validate
     with stopped_at_once(run_dir):

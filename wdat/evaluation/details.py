@@ -10,6 +10,7 @@
 | `effort` | `knapsack` | `[[passes, accuracy], ...]`: forward and backward, an attacked image, counted in the network |
 | `valid_up_to` | `knapsack` | the largest budget, of the record's order, that the search was made for; null for all |
 | `pointwise_accuracy` | `knapsack` | what the same points leave at p = inf with the same budget |
+| `unfound` | `knapsack` | images for which no misclassified point was found at any distance |
 | `moved` | `knapsack` | images that are attacked, the fractional one included |
 | `command` | every attack | the command line that made the record, in files of a leaderboard |
 | `materialised` | `knapsack` | `{"accuracy", "distance"}` of the whole images among them, verified by forward passes |

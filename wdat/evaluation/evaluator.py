@@ -22,7 +22,7 @@ from wdat.evaluation.bars import Bars
 from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.results import Results
-from wdat.evaluation.statistics import bootstrap_interval
+from wdat.evaluation.statistics import bootstrap_interval, masking_warning
 from wdat.gradients import device_of, input_gradients, ordinary, undisturbed
 from wdat.inputs import as_network, check_figures, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
@@ -256,6 +256,13 @@ def _taken(details: dict[str, Any]) -> dict[str, Any]:
     return {k: details.pop(k) for k in ("accuracy", "accuracy_low", "accuracy_high", "distance")}
 
 
+def warn_of_masking(records: Sequence[Record]) -> None:
+    """Say where gradients have misled the search behind the knapsack, as `masking_warning` finds it."""
+    said = masking_warning(records)
+    if said:
+        warnings.warn(said, stacklevel=3)
+
+
 def settings(attack: Attack) -> dict[str, Any]:
     """The options of an attack, as its record states them."""
     return {f.name: getattr(attack, f.name) for f in fields(attack) if f.repr}
@@ -379,4 +386,5 @@ def evaluate(
     for own in threats:
         first = own is threat
         records += [evaluator.attacked(attack, own, spent * first, first) for attack, spent in ready]
+    warn_of_masking(records)
     return Results(records)

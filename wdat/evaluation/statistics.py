@@ -53,8 +53,9 @@ def masking_warning(records: Sequence[Record]) -> str | None:
             if left is not None and left > other.accuracy + 0.5 / other.n:
                 lines.append(
                     f"{knapsack.network}, {knapsack.norm} {knapsack.delta:.4g}: the knapsack's points leave "
-                    f"{100 * left:.1f} % at p = inf, AutoAttack leaves {100 * other.accuracy:.1f} %: gradients mislead "
-                    "the search, and its figures are too high; set attack_options.knapsack.effort=thorough or fab=100"
+                    f"{100 * left:.1f} % at p = inf, AutoAttack leaves {100 * other.accuracy:.1f} %: the search "
+                    "missed points, as where gradients mislead it, and its figures are too high; set "
+                    "attack_options.knapsack.effort=thorough or fab=100"
                 )
     return "\n".join(dict.fromkeys(lines)) or None
 

@@ -228,6 +228,19 @@ def _contradictions(section: Section) -> list[str]:
                 "that the certificates belong to this network, norm, unit and order of images."
             )
         for r in upper[upper["attack"] == "knapsack"].itertuples():
+            left, unfound = r.details.get("pointwise_accuracy"), r.details.get("unfound")
+            if unfound:
+                found.append(
+                    f"At δ = {at} the knapsack's search found no misclassified point at any distance for {unfound} of "
+                    f"{r.n} images, which count as robust: more than a few mean that gradients vanish or mislead."
+                )
+            pointwise = upper[(upper["attack"] == "autoattack") & (upper["p"] == math.inf)]
+            if left is not None and len(pointwise) and left > pointwise["accuracy"].min() + 0.5 / r.n:
+                found.append(
+                    f"At δ = {at} the knapsack's points leave {100 * left:.1f} % at p = ∞, and AutoAttack leaves "
+                    f"{100 * pointwise['accuracy'].min():.1f} %: the search missed points, as where a network masks "
+                    "its gradients, and its figures are too high. Search longer."
+                )
             others = upper[(upper["p"] >= r.p) & (upper["accuracy"] < r.accuracy - GAP)]
             if len(others):
                 names = ", ".join(others["name"].unique())
