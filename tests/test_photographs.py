@@ -81,6 +81,7 @@ def test_training_with_another_preprocessing_of_the_users(network):
     assert {r.stage for r in records} == {"before", "epoch", "after"}
     assert network.sizes == {(3, 32, 32)}
     assert not torch.equal(network[2].weight, before)
+    assert "decodes all 18 training images; sensitivity=subsample decodes 1,024" in " ".join(result.out.split())
 
 
 def test_training_without_training_images_is_refused(network):

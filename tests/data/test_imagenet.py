@@ -126,6 +126,40 @@ def test_workers_change_nothing(root, workers):
     assert many.train_dataloader().num_workers == workers
 
 
+def test_workers_send_bytes_and_the_division_is_the_loaders(root):
+    """A quarter of the bytes pass from process to process, and to the device."""
+    loader = make(root).test_dataloader()
+    raw = loader.dataset[next(iter(loader.sampler))]
+    assert raw.x.dtype == torch.uint8
+    batch = next(iter(loader))
+    assert torch.equal(batch.x, raw.x.float() / 255)
+    assert batch.x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False), (None, False)])
+def test_batches_for_a_gpu_come_from_pinned_memory(root, device, pinned):
+    data = make(root, workers=1)
+    if device:
+        data.trainer = SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device(device)), global_rank=0, world_size=1, num_devices=1
+        )
+    assert data.train_dataloader().pin_memory is pinned
+    assert data.test_dataloader().pin_memory is pinned
+    assert data.train_dataloader().persistent_workers
+    assert data.val_dataloader().persistent_workers
+    assert not data.test_dataloader().persistent_workers, "one pass"
+
+
+@pytest.mark.parametrize(("cpus", "devices", "workers"), [(8, 1, 8), (8, 4, 2), (2, 4, 1), (96, 1, 16)])
+def test_workers_share_the_cpus_of_the_machine(root, monkeypatch, cpus, devices, workers):
+    monkeypatch.setattr("wdat.data.module.cpus", lambda: cpus)
+    data = make(root, workers=None)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=devices, num_devices=devices)
+    assert data.train_dataloader().num_workers == workers
+    assert make(root, workers=3).train_dataloader().num_workers == 3
+
+
 def test_processes_see_what_one_sees(root):
     one, parts = make(root), [make(root), make(root)]
     for rank, data in enumerate(parts):

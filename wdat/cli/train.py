@@ -246,6 +246,11 @@ def describe(cfg: DictConfig, network: nn.Module, trained: list[str], data: Any)
     limited = [f"{split} {words}" for split, words in data.selection.items() if not words.startswith("all ")]
     if limited:
         notify(f"limits  {'; '.join(limited)}")
+    if data.images("train").in_files and str(cfg.sensitivity["_target_"]).endswith((".Table", ".Exact")):
+        notify(
+            f"sensitivity measures Υ by a pass that decodes all {data.splits['train']:,} training images; "
+            "sensitivity=subsample decodes 1,024 of them every 10 steps"
+        )
     if data.patches.cutmix and cfg.averaging is None:
         notify("data.augmentation.cutmix helps adversarial training only together with an average: averaging=ema")
     if data.pool is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +12,7 @@ class Batch(NamedTuple):
     """One process's part of one global batch.
 
     Attributes:
-        x: Images (B, C, H, W), float, in [0, 1].
+        x: Images (B, C, H, W), float32, in [0, 1]; uint8 on the way from a data set to its loader.
         y: Labels (B,), int64.
         index: (B,), int64: each image's row in its split, from 0; row r of a pool of synthetic images is n_train + r.
         position: (B,), int64: each image's position in the global batch.
@@ -31,3 +32,13 @@ class Batch(NamedTuple):
     synthetic: Tensor | None = None
     other: Tensor | None = None
     share: Tensor | None = None
+
+    def finished(self, device: torch.device | None = None) -> Batch:
+        """The batch on a device, by default its own, with images of uint8 as float32 in [0, 1].
+
+        What lies in pinned memory is copied while the host goes on, and the division takes place on the device.
+        """
+        parts: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)
+        }
+        return self._replace(**{**parts, "x": parts["x"].to(torch.float32) / 255})

@@ -21,26 +21,41 @@ class PlannedLoader(DataLoader[Any]):
         images: The split.
         plan: Its batches. Lightning tells the plan the epoch.
         workers: Processes that read; 0 reads in this one. Batches are the same for any number, and in the same order.
+        device: Where batches are wanted; None leaves them where the images are. To a GPU they go from pinned memory.
+        again: Whether there are several passes, for which processes that read are kept.
     """
 
-    def __init__(self, images: Dataset[Any], plan: Iterable[BatchPlan], workers: int = 0) -> None:
+    def __init__(
+        self,
+        images: LabelledImages | Pass,
+        plan: Iterable[BatchPlan],
+        workers: int = 0,
+        device: torch.device | None = None,
+        again: bool = False,
+    ) -> None:
+        self.device = device
+        on_host = images.labels.device.type == "cpu"
         # A generator of its own: the loader draws a seed for workers, which mustn't move the global stream.
         super().__init__(
-            _Reader(images), batch_size=None, sampler=plan, num_workers=workers, generator=torch.Generator()
-        )
+            _Reader(images), batch_size=None, sampler=plan, num_workers=workers, generator=torch.Generator(),
+            pin_memory=on_host and device is not None and device.type == "cuda",
+            persistent_workers=again and workers > 0,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # as an iterator is all that is asked for
         for batch in super().__iter__():
             if isinstance(batch, SettingError):
                 raise batch
-            yield batch
+            yield batch.finished(self.device)
 
 
 class ResumableLoader(PlannedLoader):
     """A `PlannedLoader` whose position Lightning saves and restores, so that a run may go on inside an epoch."""
 
-    def __init__(self, images: Dataset[Any], plan: TrainPlan, workers: int = 0) -> None:
-        super().__init__(images, plan, workers)
+    def __init__(
+        self, images: LabelledImages, plan: TrainPlan, workers: int = 0, device: torch.device | None = None
+    ) -> None:
+        super().__init__(images, plan, workers, device, again=True)
         self.plan = plan
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -66,7 +81,7 @@ class Pass(Dataset[Batch]):
     """
 
     def __init__(self, images: LabelledImages, draws: Choices | None) -> None:
-        self.images = images
+        self.images, self.labels = images, images.labels
         self.draws = draws
 
     def __getitem__(self, plan: BatchPlan) -> Batch:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from torch import Tensor, arange
 
@@ -23,6 +25,8 @@ from wdat.data.sampling import BatchPlan, ShardPlan, TrainPlan, synthetic_positi
 from wdat.data.sources import SOURCES, Source, Where, fetch
 from wdat.data.splits import by_class, check_labels, hold_out
 from wdat.errors import SettingError, unknown
+
+MOST_WORKERS = 16  # more decode no faster than one device takes
 
 
 class ImageDataModule(LightningDataModule):
@@ -51,7 +55,8 @@ class ImageDataModule(LightningDataModule):
         size: Side in pixels to which images of `source="folder"` are resized; None where they are of one size.
         test_size: The share of `source="folder"` that is set aside as the test set where no folder is.
         min_area: The smallest share of an image in a file that a random training crop covers; 1 for no random crop.
-        workers: Processes that read images in files, for each training process; 0 reads in that process.
+        workers: Processes that read images in files, for each training process; 0 reads in that process, None takes
+            one for each CPU, divided among the training processes of the machine.
         limit_train: Keeps N training images, drawn by class from the seed, after validation images are set aside; None
             for all.
         limit_val: The same for validation.
@@ -85,7 +90,7 @@ class ImageDataModule(LightningDataModule):
         size: int | None = None,
         test_size: float = 0.2,
         min_area: float = 0.08,
-        workers: int = 0,
+        workers: int | None = 0,
         limit_train: int | None = None,
         limit_val: int | None = None,
         limit_test: int | None = None,
@@ -114,7 +119,7 @@ class ImageDataModule(LightningDataModule):
             raise SettingError(
                 f"data.min_area={min_area}: set data.min_area to a share above 0, or 1 for no random crop"
             )
-        self.workers = _count("workers", workers, 0)
+        self.workers = None if workers is None else _count("workers", workers, 0, "null")
         limits = {"train": limit_train, "val": limit_val, "test": limit_test}
         self.limits = {k: None if n is None else _count(f"limit_{k}", n, 1, "null") for k, n in limits.items()}
         self.seed = _count("seed", seed, 0)
@@ -164,28 +169,28 @@ class ImageDataModule(LightningDataModule):
         """Shuffled, augmented batches of `batch_size` over all processes."""
         images, drawn = self._on_device("train"), len(self.pool) if self.pool else 0
         plan = TrainPlan(len(images), self.batch_size, self.seed, *self._process(), drawn, self.synthetic.fraction)
-        return ResumableLoader(images, plan, self._workers(images))
+        return ResumableLoader(images, plan, self._workers(images), self._device)
 
     def val_dataloader(self) -> PlannedLoader:
         """Every validation image once, as it is."""
-        return self.evaluation_loader("val", *self._process())
+        return self.evaluation_loader("val", *self._process(), again=True)
 
     def test_dataloader(self) -> PlannedLoader:
         """Every test image once, as it is."""
         return self.evaluation_loader("test", *self._process())
 
-    def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> PlannedLoader:
+    def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1, again: bool = False) -> PlannedLoader:
         """Every image of a split once, as it is, divided over processes.
 
         Args:
             split: `train`, `val` or `test`.
             rank: This process's number, from 0.
             world_size: Number of processes.
+            again: Whether there are several passes.
         """
         images = self._on_device(split)
-        return PlannedLoader(
-            images, ShardPlan(len(images), self.eval_batch_size, rank, world_size), self._workers(images)
-        )
+        plan = ShardPlan(len(images), self.eval_batch_size, rank, world_size)
+        return PlannedLoader(images, plan, self._workers(images), self._device, again)
 
     def train_batches(self, index: Tensor, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Training images outside the course of training, augmented as in training.
@@ -207,7 +212,8 @@ class ImageDataModule(LightningDataModule):
         shards = [shard.index for shard in ShardPlan(len(index), self.eval_batch_size, rank, world_size)]
         plans = [BatchPlan(index[position], position, len(index), step, 0) for position in shards]
         workers = min(self._workers(images), len(plans))
-        yield from PlannedLoader(Pass(images, images.draw(len(index), "pass", step)), plans, workers)
+        drawn = Pass(images, images.draw(len(index), "pass", step))
+        yield from PlannedLoader(drawn, plans, workers, self._device)
 
     def images(self, split: str) -> LabelledImages:
         """The images of `train`, `val` or `test`.
@@ -319,17 +325,28 @@ class ImageDataModule(LightningDataModule):
 
     def _workers(self, images: LabelledImages) -> int:
         """Reading from memory needs no processes."""
-        return self.workers if images.in_files else 0
+        if not images.in_files or self.workers is not None:
+            return (self.workers or 0) if images.in_files else 0
+        return min(max(cpus() // (self.trainer.num_devices if self.trainer else 1), 1), MOST_WORKERS)
+
+    @property
+    def _device(self) -> torch.device | None:
+        return self.trainer.strategy.root_device if self.trainer else None
 
     def _on_device(self, split: str) -> LabelledImages:
         """The images of a split, moved once to the device of the run."""
         images = self.images(split)
-        if self.on_device and self.trainer:
-            self._sets[split] = images = images.to(self.trainer.strategy.root_device)
+        if self.on_device and self._device is not None:
+            self._sets[split] = images = images.to(self._device)
         return images
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(name: str, value: object, least: int = 1, none: str = "") -> int:

@@ -94,7 +94,7 @@ def pasted(batch: Batch, partners: Batch, window: Tensor) -> Batch:
         The batch with its labels `y` those of the larger part, `other` those of the smaller, `share` that of `y`.
     """
     x = torch.where(window, partners.x, batch.x)
-    share = 1 - window.flatten(1).to(x.dtype).mean(1)
+    share = 1 - window.flatten(1).to(torch.float32).mean(1)
     own = share >= 0.5
     y, other = torch.where(own, batch.y, partners.y), torch.where(own, partners.y, batch.y)
     return batch._replace(x=x, y=y, other=other, share=torch.where(own, share, 1 - share))
@@ -156,5 +156,5 @@ class PatchedSet(LabelledImages):
             batch = pasted(batch, partners, window.to(batch.x.device))
         if self.patches.erasing:
             hole = inside(patches.hole, height, width) & patches.erased[:, None, None, None]
-            batch = batch._replace(x=batch.x.masked_fill(hole.to(batch.x.device), 0.0))
+            batch = batch._replace(x=batch.x.masked_fill(hole.to(batch.x.device), 0))
         return batch
