@@ -237,6 +237,13 @@ def test_data(composed, choice):
     assert data.num_classes == {"cifar100": 100, "imagenet": 1000}.get(choice, 10)
 
 
+def test_evaluations_pass_as_many_images_as_the_data_allows():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        sizes = {data: compose("evaluate", [f"data={data}"]).batch_size for data in ("cifar10", "imagenet")}
+        assert compose("evaluate", ["data=imagenet", "batch_size=7"]).batch_size == 7
+    assert sizes == {"cifar10": 512, "imagenet": 64}
+
+
 @pytest.mark.parametrize("choice", choices("model"))
 def test_models(composed, choice):
     name = ("model.name=Wong2020Fast",) if choice == "robustbench" else ()

@@ -40,20 +40,29 @@ def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, b
         loss: Per-sample loss.
         batch_size: Images per pass.
     """
+    if 0 < len(x) <= batch_size:
+        return next(gradient_parts(network, x, target, loss, batch_size))
+    gradient, rest, done = torch.empty_like(x), [], 0  # the gradients of a large set are held once
+    for part in gradient_parts(network, x, target, loss, batch_size):
+        gradient[done : done + len(part.loss)] = part.gradient
+        rest.append((part.loss, part.logits, part.finite))
+        done += len(part.loss)
+    return Gradients(gradient, *map(torch.cat, zip(*rest, strict=True)))
+
+
+def gradient_parts(
+    network: nn.Module, x: Tensor, target: Tensor, loss: Loss, batch_size: int = 512
+) -> Iterator[Gradients]:
+    """What `input_gradients` gives, pass by pass; one without images where there are none."""
     if not len(x):
         logits = forward(network, x)
-        nothing = x.new_zeros(0, dtype=torch.bool)
-        return Gradients(torch.zeros_like(x), loss(logits, target), logits, nothing)
-    parts = []
+        yield Gradients(torch.zeros_like(x), loss(logits, target), logits, x.new_zeros(0, dtype=torch.bool))
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         images = x[rows].detach().requires_grad_(True)
         # It may write into its input. Of a copy, which is no leaf, torch warns where the network is compiled.
         logits = network(images if is_compiled(network) else images.clone())
-        parts.append(gradients_of(images, logits, target[rows], loss))
-    if len(parts) == 1:
-        return parts[0]
-    return Gradients(*(torch.cat([getattr(p, f) for p in parts]) for f in Gradients.__dataclass_fields__))
+        yield gradients_of(images, logits, target[rows], loss)
 
 
 def is_compiled(network: nn.Module) -> bool:

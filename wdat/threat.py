@@ -18,6 +18,8 @@ from wdat.errors import SettingError, unknown
 
 NORMS = ("linf", "l2")
 
+PIECE = 512  # images of which differences are held at a time
+
 
 def parse_number(value: float | str, setting: str) -> float:
     """A number, given as one or as text such as `"8/255"` or `"inf"`.
@@ -223,7 +225,8 @@ class ThreatModel:
 
     def distances(self, origin: Tensor, x: Tensor) -> Tensor:
         """‖x_i − origin_i‖_r of each image, (N,)."""
-        return image_norm(x - origin, self.norm)
+        pieces = range(0, max(len(x), 1), PIECE)
+        return torch.cat([image_norm(x[i : i + PIECE] - origin[i : i + PIECE], self.norm) for i in pieces])
 
     def length(self, distances: Tensor, processes: Processes = ALONE) -> float:
         """W_p length (mean d_i^p)^(1/p) of a set of moves, over all processes.

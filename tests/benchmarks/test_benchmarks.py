@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import near_ties, summary
+from benchmarks import masked, near_ties, summary
 from wdat.errors import SettingError
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,17 @@ def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path, monkeypat
     assert [row.keys() for row in found] == [row.keys() for row in committed]
     for one, other in zip(found, committed, strict=True):
         assert one == {k: v if isinstance(v, (str, int)) else pytest.approx(v, rel=1e-3) for k, v in other.items()}
+
+
+def test_the_page_on_evaluation_shows_the_record_of_masked_networks():
+    record = json.loads((ROOT / "results" / "masked.json").read_text())
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    assert masked.markdown(record["rows"]) in page
+    for row in record["rows"]:
+        left = row["accuracy"]
+        for effort, said in row["warned"].items():
+            missed = left[effort] > left["autoattack"] + 0.5 / row["n"]
+            assert missed <= bool(said), "figures that are too high are never shown in silence"
 
 
 @pytest.mark.slow

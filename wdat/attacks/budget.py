@@ -54,18 +54,33 @@ class WPGDBudget(GradientAttack):
         rows = slice(None) if everyone else _where(radii > 0)
         origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
         move = self._mover(origin, bound, threat.norm)
+        if len(origin) > self.batch_size:
+            move = self._piecewise(origin, bound, threat.norm)
 
+        dropped: Tensor | int = 0
         if clean is not None:
-            first = move(origin, clean.gradient[rows])
+            first, dropped = [move(origin, clean.gradient[rows])], (~clean.finite).sum()
+            del clean  # it is as large as the set; so is the first iterate, which is handed over
         else:  # uniform radii: every step ascends `loss`, the first from a small random offset, as in TRADES
             start = origin + context.noise()  # type: ignore[misc]  # not None in this branch
-            first = move(start, input_gradients(network, start, target, self._loss, self.batch_size).gradient)
-        z, loss_mean = self._ascend(network, first, y, target, move, context)
-        dropped = 0 if clean is None else (~clean.finite).sum()
+            first = [move(start, input_gradients(network, start, target, self._loss, self.batch_size).gradient)]
+        z, loss_mean = self._ascend(network, first.pop(), y, target, move, context)
         return Moved(_put(z, rows, x), radii, self._share(threat, context), loss_mean, norms, dropped)
 
     def _radii(self, norms: Tensor, sensitivity: Sensitivity, threat: ThreatModel, context: Context) -> Tensor:
         return allocate(norms, sensitivity, threat, self.radius_max)
+
+    def _piecewise(self, origin: Tensor, radii: Tensor, norm: str) -> Move:
+        """The move of a large set, for which nothing as large as the set is kept."""
+
+        def move(z: Tensor, gradient: Tensor) -> Tensor:
+            moved = torch.empty_like(z)
+            for start in range(0, len(z), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                moved[rows] = self._mover(origin[rows], radii[rows], norm)(z[rows], gradient[rows])
+            return moved
+
+        return move
 
     def _mover(self, origin: Tensor, radii: Tensor, norm: str) -> Move:
         """The move x ← Π_i(x + step_size δ_i h(g)); in linf the ball and [0, 1] are one box, found once."""

@@ -93,6 +93,7 @@ class GradientAttack(Attack):
             largest mean loss, over steps 1 to K.
         """
         x, best, lowest, loss_mean = first, first, 2.0, -torch.inf
+        del first  # of a large set no iterate is held that isn't wanted any more
 
         def look(logits: Tensor, loss: Tensor) -> None:
             nonlocal best, lowest, loss_mean
@@ -107,6 +108,7 @@ class GradientAttack(Attack):
             if not context.training:
                 look(g.logits, g.loss)
             x = move(x, g.gradient)
+            del g
             if context.progress:
                 context.progress(step, self.steps)
         if context.training:

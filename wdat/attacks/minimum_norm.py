@@ -131,17 +131,21 @@ class _Part:
     def settle(self) -> None:
         """Verify the points in other batches than those of the search; what fails is pushed outwards by a hair."""
         left = (self.moved & self.distances.isfinite()).nonzero().squeeze(1).flip(0)
-        found, half = self.points.clone(), self.search.batch_size // 2 + 1
+        ends, half = None, self.search.batch_size // 2 + 1  # ends: the points of those left, from the second time on
         for push in (0.0, 1e-6, 1e-5, 1e-4, 1e-3):
             if not len(left):
                 return
-            points, origin = found[left], self.x[left]
-            outer = points if push == 0 else (points + push * (points - origin)).clamp(0, 1)
-            wrong = ~correct(forward(self.network, outer, half), self.y[left])
-            self.points[left] = torch.where(per_image(wrong, outer).bool(), outer, origin)
-            distances = image_norm(self.points[left] - origin, self.norm)
-            self.distances[left] = torch.where(wrong, distances, torch.inf)
-            left = left[~wrong]
+            failed = []
+            for start in range(0, len(left), half):
+                rows = left[start : start + half]
+                points, origin = self.points[rows] if ends is None else ends[start : start + half], self.x[rows]
+                outer = points if push == 0 else (points + push * (points - origin)).clamp(0, 1)
+                wrong = ~correct(forward(self.network, outer, half), self.y[rows])
+                settled = torch.where(per_image(wrong, outer).bool(), outer, origin)
+                distances = image_norm(settled - origin, self.norm)
+                self.points[rows], self.distances[rows] = settled, torch.where(wrong, distances, torch.inf)
+                failed.append((rows[~wrong], points[~wrong]))
+            left, ends = map(torch.cat, zip(*failed, strict=True))
 
 
 def _targeted(effort: Effort, number: int) -> Stage:

@@ -53,5 +53,7 @@ class WPGD(GradientAttack):
                 moved[rows].add_(x[rows]).clamp_(0, 1)
             return moved
 
-        z, loss_mean = self._ascend(network, move(x, clean.gradient), y, target, move, context)
-        return Moved(z, None, share, loss_mean, norms, (~clean.finite).sum())
+        first, dropped = [move(x, clean.gradient)], (~clean.finite).sum()
+        del clean  # it is as large as the set; so is the first iterate, which is handed over
+        z, loss_mean = self._ascend(network, first.pop(), y, target, move, context)
+        return Moved(z, None, share, loss_mean, norms, dropped)

@@ -23,7 +23,7 @@ from wdat.evaluation.batches import batches_of, members
 from wdat.evaluation.details import examples, histogram
 from wdat.evaluation.results import Results
 from wdat.evaluation.statistics import bootstrap_interval, masking_warning
-from wdat.gradients import device_of, input_gradients, ordinary, undisturbed
+from wdat.gradients import device_of, gradient_parts, ordinary, undisturbed
 from wdat.inputs import as_network, check_figures, classes_of
 from wdat.losses import check_classes, correct, get_label_loss, nonfinite
 from wdat.precision import describe, float32
@@ -161,10 +161,12 @@ class Evaluator:
         started = time.perf_counter()
         x, y = self.images.x, self.images.y
         with undisturbed(self.network), float32(self.network, x, self.tf32):
-            clean = input_gradients(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
-        wrong, values = ~correct(clean.logits, y), clean.loss.double()
-        totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~clean.finite).sum())]
-        misses, total, total_wrong, dropped, broken = self.processes.sum([*totals, float(nonfinite(clean.logits))])
+            parts = gradient_parts(self.network, x, y, get_label_loss(loss, "losses"), self.batch_size)
+            kept = [(dual_norm(part.gradient, threat.norm), part.loss, part.logits, part.finite) for part in parts]
+        norms, values, logits, finite = map(torch.cat, zip(*kept, strict=True))
+        wrong, values = ~correct(logits, y), values.double()
+        totals = [float(wrong.sum()), float(values.sum()), float(values[wrong].sum()), float((~finite).sum())]
+        misses, total, total_wrong, dropped, broken = self.processes.sum([*totals, float(nonfinite(logits))])
         if broken:
             warnings.warn(NONFINITE.format("clean", int(broken), self.size), stacklevel=2)
         return self.record(
@@ -178,7 +180,7 @@ class Evaluator:
             loss_mean=total / self.size,
             distance=0.0,
             seconds=time.perf_counter() - started,
-            upsilon=power_mean(dual_norm(clean.gradient, threat.norm), threat.q, self.processes),
+            upsilon=power_mean(norms, threat.q, self.processes),
             loss_misclassified=total_wrong / misses if misses else None,
             dropped=int(dropped),
             nonfinite=int(broken),
