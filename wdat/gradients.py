@@ -146,15 +146,18 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             for module, name, buffer, *_ in buffers:
                 setattr(module, name, buffer)
             # Only what has changed is written, because a graph may hold the others.
-            for _, _, buffer, saved, version in buffers:
-                if (version is None or version != buffer._version) and bool((buffer != saved).any()):
+            written = {module for module, _, buffer, _, version in buffers if version != _version(buffer)}
+            for module, _, buffer, saved, version in buffers:
+                if (version is None or module in written) and bool((buffer != saved).any()):
                     buffer.copy_(saved)
 
 
 def _version(buffer: Tensor) -> int | None:
     """How often a tensor on a device was written to, which needs no look at its values.
 
-    None for tensors that don't count, and on the CPU, where a look costs little and also finds what `.data` hides.
+    BatchNorm's statistics aren't counted when it renews them, only its number of batches is: where one buffer of a
+    module was written to, all of them are looked at. None for tensors that don't count, and on the CPU, where a look
+    costs little and also finds what `.data` hides.
     """
     return None if buffer.device.type == "cpu" or buffer.is_inference() else buffer._version
 

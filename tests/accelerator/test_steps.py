@@ -11,8 +11,11 @@ from benchmarks.pretended import COUNTS, CUDA, accelerator, device_tensor, lend
 from benchmarks.waits import DELTA, ESTIMATORS, SmallNetwork, TrainingSteps, images
 from wdat import ThreatModel
 from wdat.attacks import ATTACKS, Context, build
+from wdat.attacks.budget import WPGDBudget
 from wdat.distributed import current
 from wdat.evaluation import ImageTensors, evaluate
+from wdat.gradients import undisturbed
+from wdat.sensitivity import Sensitivity
 from wdat.training.requests import SAVE, Requests, asked_by_any
 
 TRAIN = ("wpgd_budget", "wpgd", "wfgsm", "pgd", "fgsm", "knapsack_budget", "critical", "critical_draw")
@@ -111,3 +114,61 @@ def test_the_device_says_what_the_cpu_says(name):
         assert found.x_adv.device == CUDA
     torch.testing.assert_close(found.x_adv.raw, wanted.x_adv, rtol=1e-5, atol=1e-6)
     assert found.accuracy == wanted.accuracy
+
+
+class Counting(SmallNetwork):
+    """Counts its calls in a buffer, also in eval mode, and notes how many images came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.sizes: list[int] = []
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.sizes.append(len(x))
+        return super().forward(x)
+
+
+class Renewing(SmallNetwork):
+    """Its BatchNorm renews its statistics also in eval mode."""
+
+    def forward(self, x):
+        self.norm.train()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Counting, Renewing])
+def test_buffers_that_are_written_to_are_restored(kind):
+    """PyTorch doesn't count BatchNorm's writing into its statistics, only that of its number of batches."""
+    with accelerator():
+        network = lend(kind())
+        before = {name: buffer.raw.clone() for name, buffer in network.named_buffers()}
+        for _ in range(2):
+            with undisturbed(network):
+                network(images(4)[0])
+                assert any(not torch.equal(b.raw, before[name]) for name, b in network.named_buffers())
+            assert all(torch.equal(buffer.raw, before[name]) for name, buffer in network.named_buffers())
+
+
+@pytest.mark.parametrize(("moving", "passed"), [(5, 32), (32, 32), (33, 40), (40, 40)])
+def test_images_without_a_radius_fill_a_batch_up_to_a_multiple_of_32(moving, passed):
+    torch.manual_seed(0)
+    network, x = Counting(), torch.rand(40, 3, 8, 8)
+    radii = torch.where(torch.randperm(40) < moving, 0.1, 0.0)
+
+    class Fixed(WPGDBudget):
+        def _radii(self, norms, sensitivity, threat, context):
+            return radii if norms.device.type == "cpu" else device_tensor(radii)
+
+    y, threat, attack = torch.zeros(40, dtype=torch.int64), ThreatModel(2, "linf", 0.1), Fixed(steps=3)
+    wanted = attack(network, x, y, threat, Context(training=True, sensitivity=Sensitivity(2))).x_adv
+    assert set(network.sizes[1:]) == {moving}
+    with accelerator():
+        lent = lend(network)
+        lent.sizes.clear()
+        context = Context(training=True, sensitivity=Sensitivity(2), processes=current(CUDA))
+        found = attack(lent, device_tensor(x), device_tensor(y), threat, context).x_adv.raw
+        assert set(lent.sizes[1:]) == {passed}
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[radii == 0], x[radii == 0])

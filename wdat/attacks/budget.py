@@ -20,6 +20,8 @@ from wdat.gradients import input_gradients
 from wdat.sensitivity import Sensitivity
 from wdat.threat import ThreatModel, contract, direction, per_image
 
+SHAPE = 32
+
 
 @dataclass
 class WPGDBudget(GradientAttack):
@@ -51,7 +53,7 @@ class WPGDBudget(GradientAttack):
         target = self._target(network, x, y, context, clean)
 
         everyone = not context.training or (threat.is_pointwise and not self.by_distance)
-        rows = slice(None) if everyone else _where(radii > 0)
+        rows = slice(None) if everyone else _moving(radii)
         origin, bound, y, target = x[rows], radii[rows], y[rows], target[rows]
         move = self._mover(origin, bound, threat.norm)
         if len(origin) > self.batch_size:
@@ -101,10 +103,19 @@ class WPGDBudget(GradientAttack):
         return threat.delta if context.sensitivity is None else None
 
 
-def _where(chosen: Tensor) -> slice | Tensor:
-    """Indices of the chosen rows; all of them as a slice, which copies nothing."""
-    rows = chosen.nonzero().squeeze(1)
-    return slice(None) if len(rows) == len(chosen) else rows
+def _moving(radii: Tensor) -> slice | Tensor:
+    """Indices of the images with positive radii; all of them as a slice, which copies nothing.
+
+    On an accelerator others, which don't move, fill up their number to a multiple of `SHAPE`: kernels are chosen, and
+    compiled networks made, for few sizes of batches.
+    """
+    if radii.device.type == "cpu":
+        rows = (radii > 0).nonzero().squeeze(1)
+    else:
+        moving = radii > 0
+        wanted = min(-(-int(moving.sum()) // SHAPE) * SHAPE, len(radii))
+        rows = moving.to(torch.uint8).argsort(descending=True, stable=True)[:wanted]
+    return slice(None) if len(rows) == len(radii) else rows
 
 
 def _put(z: Tensor, rows: slice | Tensor, x: Tensor) -> Tensor:

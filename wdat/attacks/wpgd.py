@@ -13,7 +13,7 @@ from wdat.attacks.base import Context, Moved
 from wdat.attacks.gradient import GradientAttack
 from wdat.threat import ThreatModel, direction, dual_norm, image_norm, per_image, power_mean, shrink
 
-CHUNK = 128
+CHUNK = 128  # images of which steps stay in a processor's cache
 
 
 @dataclass
@@ -34,10 +34,10 @@ class WPGD(GradientAttack):
         clean, norms, sensitivity = self._clean(network, x, y, threat, context)
         share = threat.delta if context.sensitivity is None else granted_share(norms, sensitivity, threat)
         target = self._target(network, x, y, context, clean)
+        size = CHUNK if x.device.type == "cpu" else self.batch_size
 
         def move(z: Tensor, gradient: Tensor) -> Tensor:
-            # Piecewise, so that a piece stays in the processor's cache.
-            chunks = [slice(i, i + CHUNK) for i in range(0, max(len(z), 1), CHUNK)]
+            chunks = [slice(i, i + size) for i in range(0, max(len(z), 1), size)]
             n = torch.cat([dual_norm(gradient[rows], threat.norm) for rows in chunks])
             lengths = self.step_size * sensitivity_radii(n, power_mean(n, threat.q, processes), threat.q, share)
             moved, d = torch.empty_like(z), torch.zeros_like(n)
