@@ -89,16 +89,34 @@ def pool(record: dict[str, Any]) -> str:
     return _markdown(head, lines)
 
 
+def waits(record: dict[str, Any]) -> str:
+    """How often the host waits, and collective operations of two processes, before and after the change."""
+    found = {
+        label: {(r["what"], r["attack"], r["norm"], r["processes"]): r for r in rows}
+        for label, rows in record["runs"].items()
+    }
+    head = ["waits, before → after", "linf", "l2", "two processes, linf", "l2", "collectives"]
+    lines = []
+    for what, attack in dict.fromkeys(key[:2] for key in found["after"]):
+        cells = [f"{'evaluation' if what == 'evaluation' else 'step'}, `{attack}`"]
+        for processes in (1, 2):
+            for norm in ("linf", "l2"):
+                pair = [found[label][what, attack, norm, processes] for label in ("before", "after")]
+                cells.append(" → ".join(str(row["waits"]) for row in pair))
+        lines.append([*cells, " → ".join(str(row["collectives"]) for row in pair)])
+    return _markdown(head, lines)
+
+
 def main() -> None:
     """Print all of them."""
     place = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
-    names = ("upsilon", "step", "attack", "faults", "pool")
+    names = ("upsilon", "step", "attack", "faults", "pool", "waits")
     records = {name: json.loads((place / f"{name}.json").read_text()) for name in names}
     more = json.loads((place / "attack_preact_resnet18.json").read_text())
     head = ["network", *(row["norm"] for row in more["rows"])]
     print(upsilon(records["upsilon"]), step(records["step"]), sep="\n\n", end="\n\n")
     print(_line(head), _line(["---"] * len(head)), attack(records["attack"]), attack(more), sep="\n", end="\n\n")
-    print(faults(records["faults"]), pool(records["pool"]), sep="\n\n")
+    print(faults(records["faults"]), pool(records["pool"]), waits(records["waits"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_the_tables_of_the_pages_are_made_from_the_records(monkeypatch, capsys):
     summary.main()
     pages = {"loading a batch": "synthetic.md", "| fault |": "devices.md"}
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         page = next((page for words, page in pages.items() if words in table), "cost.md")
         assert table in (ROOT / "docs" / page).read_text()
