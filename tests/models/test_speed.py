@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import wdat
+from benchmarks.near_ties import evaluation_images
 from wdat import models
 from wdat.attacks import build
+from wdat.attacks.knapsack_allocation import solve
 from wdat.data import ImageDataModule
-from wdat.gradients import is_compiled
+from wdat.gradients import is_compiled, undisturbed
 from wdat.models.local import LOCAL
+from wdat.models.speed import precise
 from wdat.objectives import WDAT
 from wdat.sensitivity import Table
 from wdat.training.module import WDATModule
@@ -206,3 +209,27 @@ def test_every_local_network_accepts_the_layout():
     for name in LOCAL:
         network = models.accelerate(models.load_network(name), channels_last=True)
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "delta"), [("linf", 2 / 255), ("l2", 0.25)])
+def test_distances_in_bf16_are_those_of_float32_but_for_a_percent(shared, norm, delta):
+    """First-order distances of 846 real images, by which `critical_draw` divides its budget; docs/cost.md quotes them."""
+    x, y = evaluation_images(shared / "data/cifar10_subset.npz")
+    threat, attack = wdat.ThreatModel(2, norm, delta), build("critical_draw", loss="kl")
+    network = models.load_network("resnet2b", checkpoint=str(shared / "models/resnet2b.pt")).eval()
+    last = copy.deepcopy(network)
+    precise(last, "linear2")
+
+    def distances(network, enabled):
+        with undisturbed(network), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return attack.norms(network, x, y, threat).double()
+
+    exact = distances(network, False)
+    wrong = {}
+    for name, found in (("bf16", distances(network, True)), ("last layer in float32", distances(last, True))):
+        assert ((found > 0) != (exact > 0)).sum() <= 5, "verdicts that rounding has turned"
+        assert solve(found, threat).critical == pytest.approx(solve(exact, threat).critical, rel=0.01)
+        both = (found > 0) & (exact > 0)
+        wrong[name] = float(((found - exact).abs() / exact)[both].median())
+    assert wrong["last layer in float32"] < wrong["bf16"] < 0.015
