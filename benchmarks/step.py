@@ -4,6 +4,7 @@
     python -m benchmarks.step --network wrn_28_10 --random --batch-size 512 --precision bf16 --channels-last
 
 Steps of a training of ours without the loop around it: attack, loss, backward, update; batches are read beforehand.
+What the loop adds (Lightning, the loader, the averaging of weights) is measured last, on W-DAT with CE radii.
 
 trades, as usual   TRADES as it is commonly written: the natural logits anew in every inner step, and twice for the loss
 trades             ours, `objective=trades`
@@ -11,13 +12,15 @@ wdat, ce           `objective=wdat attack=wpgd_budget sensitivity=table`, radii 
 wdat, redlr        the same with ReDLR radii: zero on misclassified images, which then take no inner steps
 
 All start from the same weights and take their steps in turn, round by round, so that the ratios hold where the
-machine's speed drifts. The model's FLOPs are counted and set against a matrix product measured in the same run.
+machine's speed drifts; after `--minutes` no further round begins. The model's FLOPs are counted and set against a
+matrix product measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,9 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import CONSOLE, add_common, add_real, images, seconds, spread, write
+from benchmarks.whole_loop import loop, random_images
 from wdat import ThreatModel
 from wdat.attacks import build
 from wdat.cli.console import readable_errors
+from wdat.data import ImageDataModule
 from wdat.data.batch import Batch
 from wdat.distributed import ALONE
 from wdat.gradients import undisturbed
@@ -127,9 +132,16 @@ def make(
 
 
 def compare(
-    network: nn.Module, threat: ThreatModel, inner: int, batches: list[Batch], n_train: int, options: Any, rounds: int
+    network: nn.Module,
+    threat: ThreatModel,
+    inner: int,
+    batches: list[Batch],
+    n_train: int,
+    options: Any,
+    rounds: int,
+    until: float,
 ) -> dict[str, Any]:
-    """Seconds a step of each kind, and ratios within rounds."""
+    """Seconds a step of each kind, and ratios within rounds, of which none but the first begins after a time."""
     made = {kind: make(kind, network, threat, inner, batches, n_train, options) for kind in options.kinds}
 
     def go(step: Step) -> None:
@@ -145,7 +157,9 @@ def compare(
     for step, _ in made.values():
         go(step)  # warms up
     times: dict[str, list[float]] = {kind: [] for kind in made}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
         for kind, (step, _) in made.items():
             times[kind].append(seconds(partial(go, step)) / len(batches))
     row: dict[str, Any] = {
@@ -207,24 +221,42 @@ def flops(
     return found
 
 
+def training_set(options: Any, batch_size: int) -> ImageDataModule:
+    """Real images, or random ones."""
+    if not options.random:
+        return images(options.data, options.images, batch_size, options.seed)
+    source = random_images(max(options.images, batch_size), options.seed)
+    data = ImageDataModule(source, 10, val_size=1, batch_size=batch_size, seed=options.seed)
+    data.setup()
+    return data
+
+
 def read(options: Any, batch_size: int, count: int, device: torch.device) -> tuple[list[Batch], int]:
     """Batches of real or random images, and how many images the training set has."""
-    if options.random:
-        generator = torch.Generator().manual_seed(options.seed)
-        batches = []
-        for k in range(count):
-            x = torch.rand(batch_size, 3, 32, 32, generator=generator)
-            y = torch.randint(10, (batch_size,), generator=generator)
-            place = torch.arange(batch_size)
-            batches.append(Batch(x, y, k * batch_size + place, place, batch_size, k))
-        n_train = count * batch_size
-    else:
-        data = images(options.data, options.images, batch_size, options.seed)
-        loader = iter(data.train_dataloader())
-        batches = [next(loader) for _ in range(min(count, options.images // batch_size))]
-        n_train = data.n_train
+    data = training_set(options, batch_size)
+    loader = iter(data.train_dataloader())
+    batches = [next(loader) for _ in range(max(1, min(count, data.n_train // batch_size)))]
     moved = [b._replace(x=b.x.to(device), y=b.y.to(device), index=b.index.to(device)) for b in batches]
-    return moved, n_train
+    return moved, data.n_train
+
+
+def whole(network: nn.Module, threat: ThreatModel, batches: list[Batch], n_train: int, options: Any) -> dict[str, Any]:
+    """What the loop around the step adds, for W-DAT with CE radii."""
+    common = (threat, options.inner_steps, batches, n_train, options)
+    step, _ = make("wdat, ce", network, *common)
+    _, module = make("wdat, ce", network, *common)
+    assert module is not None
+    del module.log  # the trainer's own again
+    module.sensitivity = Table()
+    steps = len(batches)
+
+    def bare() -> float:
+        return seconds(lambda: [step(batch) for batch in batches]) / steps
+
+    bare()  # warms up
+    data = training_set(options, options.batch_size)
+    precision = "bf16-mixed" if options.precision == "bf16" else "32-true"
+    return loop(module, data, bare, min(options.rounds, 5), steps, precision)
 
 
 def milliseconds(row: dict[str, Any], kind: str) -> str:
@@ -245,6 +277,7 @@ def main() -> None:
     parser.add_argument("--inner-steps", type=int, default=10)
     parser.add_argument("--batches", type=int, default=8, help="steps of each kind in a round")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=8, help="after which no further round begins (%(default)s)")
     parser.add_argument("--grow-batch", type=int, nargs="*", default=[32, 64, 128, 256, 512])
     parser.add_argument("--grow-steps", type=int, nargs="*", default=[1, 2, 5, 10, 20])
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")
@@ -256,17 +289,22 @@ def main() -> None:
     network = load_network(options.network, checkpoint=None if options.random else options.checkpoint)
     prepare(network)
     network.to(device)
-    rows = []
-    for norm in track(options.norms, "steps", transient=True):
+    rows: list[dict[str, Any]] = []
+    started, budget = time.monotonic(), 60 * options.minutes
+    for number, norm in enumerate(track(options.norms, "steps", transient=True), 1):
         threat = ThreatModel(2, norm, DELTA[norm])
-        rows.append(compare(network, threat, options.inner_steps, batches, n_train, options, options.rounds))
+        until = started + 0.5 * budget * number / len(options.norms)
+        rows.append(compare(network, threat, options.inner_steps, batches, n_train, options, options.rounds, until))
     threat = ThreatModel(2, options.norms[0], DELTA[options.norms[0]])
-    grown = []
+    around = whole(network, threat, batches, n_train, options)
+    grown: list[dict[str, Any]] = []
     sizes = [(b, options.inner_steps) for b in options.grow_batch]
     sizes += [(options.batch_size, k) for k in options.grow_steps]
     for size, inner in track(sizes, "growth", transient=True):
+        if time.monotonic() > started + budget:
+            break
         some, count = read(options, size, 4, device)
-        grown.append(compare(network, threat, inner, some, count, options, 3))
+        grown.append(compare(network, threat, inner, some, count, options, 3, started + budget))
     counted = flops(network, threat, batches, n_train, options)
 
     table = Printed("ratio of the time of a step", "norm", "median", "min", "max", title=f"{options.network}, {device}")
@@ -287,7 +325,9 @@ def main() -> None:
         speed = options.batch_size / rows[0]["seconds"][kind]["median"]
         table.add_row(kind, f"{speed:,.0f}", f"{counted[kind] / 1e9:.2f}", f"{pace / 1e9:,.1f}", f"{share:.1f}")
     CONSOLE.print(table)
-    write("step", options, device, {"rows": rows, "growth": grown, "flops": counted})
+    rate = options.batch_size / around["seconds"]["median"]
+    CONSOLE.print(f"the whole loop, wdat, ce: {around['ratio']:.3f} times the bare step, {rate:,.0f} images / s")
+    write("step", options, device, {"rows": rows, "growth": grown, "flops": counted, "loop": around})
 
 
 if __name__ == "__main__":

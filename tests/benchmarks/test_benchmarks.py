@@ -87,7 +87,7 @@ def test_the_step_benchmark(tmp_path):
     out = run(
         "step", "--random", "--network", "small_cnn", *few, "--grow-batch", 4, "--grow-steps", 1, "--output", record
     )
-    for word in ("ratio of the time of a step", "growth", "GFLOP a step", "record"):
+    for word in ("ratio of the time of a step", "growth", "GFLOP a step", "the whole loop", "record"):
         assert word in out
     found = json.loads(record.read_text())
     assert [row["norm"] for row in found["rows"]] == ["linf", "l2"]
@@ -96,6 +96,8 @@ def test_the_step_benchmark(tmp_path):
         assert all(v["min"] <= v["median"] <= v["max"] for v in row["ratios"].values())
         assert row["zero_radii"]["wdat, ce"] == 0
         assert row["zero_radii"]["wdat, redlr"] > 0.5, "fresh weights misclassify most images"
+    assert found["loop"]["seconds"]["min"] > 0
+    assert found["loop"]["ratio"] > 0.5
     assert found["flops"]["trades, as usual"] > found["flops"]["trades"] > found["flops"]["wdat, ce"]
 
 

@@ -214,7 +214,7 @@ def test_every_local_network_accepts_the_layout():
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "delta"), [("linf", 2 / 255), ("l2", 0.25)])
 def test_distances_in_bf16_are_those_of_float32_but_for_a_percent(shared, norm, delta):
-    """First-order distances of 846 real images, by which `critical_draw` divides its budget; docs/cost.md quotes them."""
+    """First-order distances of 846 real images, by which `critical_draw` divides its budget (docs/cost.md)."""
     x, y = evaluation_images(shared / "data/cifar10_subset.npz")
     threat, attack = wdat.ThreatModel(2, norm, delta), build("critical_draw", loss="kl")
     network = models.load_network("resnet2b", checkpoint=str(shared / "models/resnet2b.pt")).eval()
