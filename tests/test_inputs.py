@@ -222,6 +222,18 @@ def test_labels_that_are_no_classes(y, words):
         wdat.evaluate(NETWORK, [(X, y)], THREAT, [])
 
 
+def test_one_image_is_no_batch():
+    for use in (
+        lambda y: wdat.attack(NETWORK, X[0], y, THREAT),
+        lambda y: wdat.evaluate(NETWORK, [(X[0], y)], THREAT, []),
+        lambda y: wdat.nearest_adversarial(NETWORK, X[0], y),
+    ):
+        with pytest.raises(SettingError, match=r"of one image, give x\[None\] and y\[None\]"):
+            use(Y[0])
+    with pytest.raises(SettingError, match=r"if x is one image \(C, H, W\), give x\[None\]"):
+        wdat.attack(NETWORK, X[0], Y[:1], THREAT)
+
+
 class Pictures(Dataset):
     def __len__(self):
         return 2

@@ -80,6 +80,8 @@ def as_labels(given: Any) -> Tensor:
         labels = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
     except (TypeError, ValueError) as error:
         raise SettingError(f"labels must be whole numbers of shape (N,), not a {type(given).__name__}") from error
+    if labels.dim() == 0:
+        raise SettingError("labels must have shape (N,), not be one number: of one image, give x[None] and y[None]")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         remedy = "y.argmax(1) of one-hot rows" if labels.dim() == 2 else "y.long()"
         raise SettingError(f"labels must be whole numbers of shape (N,), not {labels.dtype}: give {remedy}")

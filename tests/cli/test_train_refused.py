@@ -62,6 +62,13 @@ def test_bad_settings_are_named_with_a_remedy(arguments):
         assert word in message
 
 
+def test_a_folder_of_a_logger_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = refused(f"logger.save_dir={tmp_path / 'file' / 'logs'}")
+    assert "error: logger.save_dir=" in message
+    assert "name another folder" in message
+
+
 def test_labels_out_of_range_are_named(tmp_path):
     path = npz(tmp_path / "labels.npz", [0, 1, 2, 3, 4, 5, 6, 12])
     message = refused("data=npz", f"data.path={path}", "data.val_size=2")

@@ -150,7 +150,8 @@ def check_images(network: nn.Module, x: Tensor, y: Tensor) -> None:
     if x.dim() < 2 or not x.is_floating_point():
         raise SettingError(f"images must be a float tensor (N, C, H, W) in [0, 1], not {tuple(x.shape)} of {x.dtype}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise SettingError(f"labels must be int64 of shape ({len(x)},), not {tuple(y.shape)} of {y.dtype}")
+        hint = "; if x is one image (C, H, W), give x[None]" if x.dim() == 3 and len(y.shape) == 1 else ""
+        raise SettingError(f"labels must be int64 of shape ({len(x)},), not {tuple(y.shape)} of {y.dtype}{hint}")
     if not x.numel():
         return
     low, high = torch.stack(x.aminmax()).tolist()

@@ -43,13 +43,14 @@ FIXED = ("model", "data.source", "data.path", "data.num_classes")
 FILE_KEYS = ("data.path", "data.synthetic.path", "model.checkpoint")  # files that may be moved, but not renamed
 
 
-def create(path: Path, exclusive: bool = False) -> tuple[Path, list[Path]]:
+def create(path: Path, exclusive: bool = False, setting: str = "hydra.run.dir") -> tuple[Path, list[Path]]:
     """Make a folder that can be written.
 
     Args:
         path: The folder, which may exist.
         exclusive: Whether it must be new; where it exists, a number is appended to its name. No two processes get the
             same one.
+        setting: What names it.
 
     Returns:
         The folder, and the folders that were made, the outermost first.
@@ -69,7 +70,7 @@ def create(path: Path, exclusive: bool = False) -> tuple[Path, list[Path]]:
     except (OSError, ValueError) as error:  # such as a name with a null character
         remove_empty(made)
         reason = getattr(error, "strerror", None) or str(error)
-        raise SettingError(f"hydra.run.dir={path} can't be written ({reason}): name another folder") from error
+        raise SettingError(f"{setting}={path} can't be written ({reason}): name another folder") from error
     return path, made
 
 

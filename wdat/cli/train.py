@@ -19,6 +19,7 @@ from wdat import models
 from wdat.cli.build import accepts, build, build_attacks, check_number_of_classes, try_optimizer
 from wdat.cli.devices import synchronised, told
 from wdat.cli.launch import device_count, one_at_a_time
+from wdat.cli.run_folder import create
 from wdat.data.sampling import check_divisible
 from wdat.errors import SettingError, check_real, check_whole, unknown
 from wdat.evaluation.evaluator import Progress, settings
@@ -59,6 +60,8 @@ def train(cfg: DictConfig, run_dir: Path) -> RecordFile:
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     resume = newest(cfg, run_dir)
     results = RecordFile(run_dir / "records.json" if first else None, fresh=not cfg.resume)
+    if first and cfg.logger is not None and cfg.logger.get("save_dir"):
+        create(Path(cfg.logger.save_dir), setting="logger.save_dir")
     logger = build(cfg.logger, "logger")  # before longer work, because it may want a login
     data, threat, optimizer = build(cfg.data, "data"), build(cfg.threat, "threat"), optimizer_of(cfg)
     objective, attack = build(cfg.objective, "objective"), build(cfg.attack, "attack")
