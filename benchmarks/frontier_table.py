@@ -119,6 +119,7 @@ def compared(arm: str, seeds: Mapping[int, Mapping[str, Floats]], delta: float) 
     low, high = np.quantile(np.mean(resamples, axis=0), [0.025, 0.975], axis=0)
     return {
         "seeds": used,
+        "by_seed": [dict(zip(GAINS, (round(value, 3) for value in point), strict=True)) for point in points],
         **{
             key: {"mean": float(np.mean([p[k] for p in points])), "low": float(low[k]), "high": float(high[k])}
             for k, key in enumerate(GAINS)

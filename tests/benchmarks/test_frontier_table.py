@@ -69,6 +69,7 @@ def test_rows_gains_and_the_picture(tmp_path):
     }  # fmt: skip
     gain = found["mart-1.5"]["gain"]
     assert gain["seeds"] == [0, 1]
+    assert np.mean([seed["w2"] for seed in gain["by_seed"]]) == pytest.approx(gain["w2"]["mean"], abs=1e-3)
     assert 0 < gain["w2"]["low"] < gain["w2"]["mean"] < gain["w2"]["high"]
     assert found["pgd_at-1"]["gain"] is None, "it is of the reference"
     assert found["udr-2"]["gain"] is None, "no arm of the reference is as accurate"
