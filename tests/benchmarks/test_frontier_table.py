@@ -16,6 +16,7 @@ from wdat.errors import SettingError
 from wdat.threat import ThreatModel
 
 DELTA = 2 / 255
+ROOT = Path(__file__).parents[2]
 
 
 def distances(seed, scale=1.0, clean=0.7, n=400):
@@ -86,8 +87,12 @@ def test_nothing_finished_is_said(tmp_path):
         frontier_table.rows(tmp_path)
 
 
-def test_the_committed_record_makes_its_tables():
-    record = json.loads((Path(__file__).parents[2] / "results/frontier.json").read_text())
+@pytest.mark.parametrize("name", ["frontier", "frontier_48k", "frontier_20_epochs"])
+def test_the_committed_records_make_the_tables_of_the_page(name):
+    record = json.loads((ROOT / f"results/{name}.json").read_text())
+    page = (ROOT / "docs/case-study.md").read_text()
+    for network in {row["network"] for row in record["rows"]}:
+        assert frontier_table.table(record["rows"], network) in page
     for row in record["rows"]:
         assert row["passes_an_epoch"] * row["epochs"] == record["passes"], "at equal cost"
         for seed in row["by_seed"].values():
