@@ -220,7 +220,7 @@ def test_images_that_leave_early_never_change_the_knapsack(problem, norm, p):
     found = _nearest(network, x, y, norm, SEARCH, threats=[threat])
     assert found.effort[-1][0] < whole.effort[-1][0]
     assert found.reach < torch.inf
-    near = whole.distances <= found.reach
+    near = whole.distances <= found.reach * (1 + 1e-9)  # the reach is one of the distances, found in other batches
     assert_close(found.distances[near], whole.distances[near], rtol=1e-9, atol=0)
     assert (found.distances[~near] > found.reach).all()
     assert (found.distances >= whole.distances * (1 - 1e-9)).all()
