@@ -2,7 +2,7 @@
 # make check        format, lint, import contract and types
 # make test         make the environment, install, run the tests
 # make test-cpu     the tests whose results depend on kernels, once more as an older CPU would run them
-# make test-long    what takes minutes: real sweeps, kills, benchmarks
+# make test-long    the rest: whole runs, several processes, real sweeps, kills, benchmarks (long)
 # make test-lowest  the tests with the lowest versions that pyproject.toml names, in .venv-lowest
 # make test-zoo     every architecture of RobustBench's zoo with random weights (long)
 # make docs         the site of the documentation, into site/; a broken link is an error
@@ -36,7 +36,7 @@ test: $(INSTALLED)
 CPU ?= $(shell grep -qs avx512f /proc/cpuinfo && echo avx2 || echo default)
 test-cpu: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=$(CPU) $(if $(filter avx2,$(CPU)),ONEDNN_MAX_CPU_ISA=AVX2) $(PYTEST) -q -n 2 --dist loadfile \
-	  -m "not slow" tests/attacks tests/evaluation tests/sensitivity tests/models/test_speed.py \
+	  tests/attacks tests/evaluation tests/sensitivity tests/models/test_speed.py \
 	  tests/distributed/test_evaluation.py tests/test_objectives.py tests/test_losses.py tests/test_gradients.py tests/test_threat.py
 
 test-long: $(INSTALLED)

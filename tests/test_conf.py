@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
+from sampled import product, sampled
 
 from wdat import models
 from wdat.attacks import PGD, WPGD, Knapsack
@@ -167,8 +168,7 @@ def test_threats(composed, choice):
     assert threat.delta == {"linf": 8 / 255, "l2": 128 / 255}[norm]
 
 
-@pytest.mark.parametrize("choice", choices("attack"))
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("choice", "norm"), product(choices("attack"), ["linf", "l2"], every=3))
 def test_attacks_serve_in_training(composed, choice, norm):
     attack = instantiate(composed(f"attack={choice}", f"threat=w2_{norm}").attack)
     assert attack.name == choice
@@ -244,7 +244,7 @@ def test_evaluations_pass_as_many_images_as_the_data_allows():
     assert sizes == {"cifar10": 512, "imagenet": 64}
 
 
-@pytest.mark.parametrize("choice", choices("model"))
+@pytest.mark.parametrize("choice", sampled(choices("model"), 3))
 def test_models(composed, choice):
     name = ("model.name=Wong2020Fast",) if choice == "robustbench" else ()
     config = composed("data=digits", f"model={choice}", *name, "seed=5").model
@@ -328,7 +328,6 @@ def test_loggers_write_into_the_run(composed, choice, tmp_path):
     assert any(f.is_file() and f.stat().st_size for f in tmp_path.rglob("*"))
 
 
-@pytest.mark.slow  # starts a service
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_wandb_offline(composed, tmp_path):
     import wandb
@@ -363,8 +362,7 @@ def test_experiments(composed, choice):
 GROUPS = ("threat", "attack", "objective", "sensitivity", "optimizer", "scheduler", "averaging")
 
 
-@pytest.mark.parametrize("turn", range(3))
-@pytest.mark.parametrize("experiment", choices("experiment"))
+@pytest.mark.parametrize(("turn", "experiment"), product(range(3), choices("experiment"), every=5))
 def test_an_experiment_goes_with_every_other_choice(composed, experiment, turn):
     """An experiment's own settings must not reach into a choice that doesn't know them, one of each group."""
     position = 3 * turn + choices("experiment").index(experiment)  # over all experiments, every choice has its turn

@@ -158,7 +158,7 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_real_processes_with_uneven_and_empty_parts(tmp_path):
     root = str(Path(wdat.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}

@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from matplotlib import image
 from omegaconf import OmegaConf
 from PIL import Image
+from sampled import sampled
 from script_runner import run_script
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -147,7 +148,7 @@ def check_composed(config):
 TYPED = sorted({(page, command) for page in PAGES for command in commands(page)})
 
 
-@pytest.mark.parametrize(("page", "command"), TYPED, ids=[f"{Path(p).stem}: {c}" for p, c in TYPED])
+@pytest.mark.parametrize(("page", "command"), sampled(TYPED, 4), ids=[f"{Path(p).stem}: {c}" for p, c in TYPED])
 def test_commands_name_what_exists(page, command, own):
     words = shlex.split(command, comments=True)
     while re.fullmatch(r"\w+=.*", words[0]):
@@ -232,6 +233,7 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].read_text("utf-8").splitlines()) <= 120
 
 
+@pytest.mark.long
 def test_figures_are_made_from_committed_records(tmp_path):
     made = script("figures").draw(tmp_path)
     assert {f.name for f in made} <= {f.name for f in DOCS.glob("*.png")}
@@ -319,6 +321,7 @@ def followed(own, pictures):
 EXTEND = [" ".join(c.split()) for c in commands("docs/extend.md") if c.startswith("python ")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", EXTEND)
 def test_extending(followed, command):
     run = followed[command]
@@ -386,7 +389,7 @@ def test_the_objective_of_the_page_is_mart(own, problem):
     torch.testing.assert_close(total(terms).double(), boosted + 5 * weighted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_robustbench_loads_an_export(own):
     """In a process of its own, in which nothing else has imported robustbench."""
     (snippet,) = [b.body for b in blocks("docs/zoo.md") if b.language == "python"]
@@ -436,6 +439,7 @@ def test_the_callback_in_a_module_of_ones_own(own, problem, monkeypatch):
     assert {r.attack for r in wdat.load_records("robustness.json")} == {"none", "pgd", "wpgd", "knapsack"}
 
 
+@pytest.mark.long
 def test_fine_tuning_ones_own(own):
     """Own architecture, own weights, own images, last layer only, as `docs/fine-tune.md` has it."""
     (snippet,) = [b.body for b in blocks("docs/fine-tune.md") if b.language == "python" and "savez" in b.body]

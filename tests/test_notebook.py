@@ -17,7 +17,7 @@ def shown(notebook):
     return [[sorted(o.get("data", {})) for o in cell.outputs if o.get("name") != "stderr"] for cell in cells]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own machinery
 def test_it_runs_and_shows_what_is_committed(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))

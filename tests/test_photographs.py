@@ -72,6 +72,7 @@ def test_an_evaluation_cuts_as_robustbench_does_for_the_network(network):
     assert network.sizes == {(3, 288, 288)}
 
 
+@pytest.mark.long
 def test_training_with_another_preprocessing_of_the_users(network):
     before = network[2].weight.detach().clone()
     result = run_script(ROOT / "train.py", *SETTINGS, *TRAINING, "data.preprocessing=Res40Crop32")

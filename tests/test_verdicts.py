@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from sampled import product
 from torch import nn
 
 import wdat
@@ -62,9 +63,7 @@ def test_one_function_gives_the_verdict(value):
 
 
 @pytest.mark.filterwarnings(NOISY)
-@pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("every", [True, False])
-@pytest.mark.parametrize("name", sorted(OPTIONS))
+@pytest.mark.parametrize(("value", "every", "name"), product(BROKEN, [True, False], sorted(OPTIONS), every=3))
 def test_no_attack_counts_them_as_robust(name, value, every):
     network, x, y = problem(value, every)
     clean, attacked = wdat.evaluate(

@@ -180,7 +180,6 @@ def test_noise_and_clean_predictions_made_in_inference_mode_serve(problem):
     assert float(result.distances.max()) > 0.01
 
 
-@pytest.mark.slow
 def test_attacks_work_in_lightnings_validate_in_inference_mode(problem, tmp_path):
     lightning = pytest.importorskip("lightning")
     network, x, y = problem(dtype=torch.float32)

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sampled import product, sampled
 from torch import nn
 from torch.testing import assert_close
 
@@ -45,7 +46,7 @@ def _quick(**options):
     return AutoAttack(version="custom", attacks_to_run=QUICK, **options)
 
 
-@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize("threat", sampled(THREATS, 2), ids=lambda t: t.norm)
 def test_is_at_least_as_strong_as_pgd_and_repeats_itself(threat):
     network, x, y = _trained(n=24)
     state, numbers, names = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
@@ -65,8 +66,7 @@ def test_is_at_least_as_strong_as_pgd_and_repeats_itself(threat):
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
 
 
-@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize(("version", "threat"), product(["standard", "plus", "rand"], THREATS, every=5))
 def test_every_version_runs_in_any_layout(version, threat):
     network, x, y = _trained(n=4)
     network = network.to(memory_format=torch.channels_last)
@@ -76,8 +76,9 @@ def test_every_version_runs_in_any_layout(version, threat):
     assert found.accuracy == 0
 
 
-@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "fab", "apgd-t", "fab-t", "square"])
-@pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
+@pytest.mark.parametrize(
+    ("name", "threat"), product(["apgd-ce", "apgd-dlr", "fab", "apgd-t", "fab-t", "square"], THREATS, every=3)
+)
 def test_every_attack_runs_alone_in_channels_last(name, threat):
     network, x, y = _trained(n=6)
     network = network.to(memory_format=torch.channels_last)
@@ -99,6 +100,7 @@ def test_no_budget_and_no_images():
     assert moved.x_adv.shape == (0, 3, 8, 8)
 
 
+@pytest.mark.long
 def test_images_in_double_precision_and_progress():
     network, x, y = _trained(n=8)
     seen = []

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sampled import product, sampled
 from torch import nn
 
 from wdat import models
@@ -81,9 +82,7 @@ def test_distances_on_a_linear_network_are_margin_over_dual_norm(classes, norm):
     assert (nearest.distances >= wanted * (1 - 1e-9)).all()
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("p", [1, 1.5, 2, 7, math.inf])
-@pytest.mark.parametrize("budget", [0.3, 0.8, 1.5])
+@pytest.mark.parametrize(("norm", "p", "budget"), product(NORMS, [1, 1.5, 2, 7, math.inf], [0.3, 0.8, 1.5], every=4))
 def test_accuracy_on_a_linear_network_is_the_knapsack_by_hand(norm, p, budget):
     network, x, y = linear()
     distances = closed_form(network, x, y, norm)
@@ -98,8 +97,7 @@ def test_accuracy_on_a_linear_network_is_the_knapsack_by_hand(norm, p, budget):
     assert found >= wanted - 1e-9  # distances found are too large, never too small
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize(("norm", "p"), product(NORMS, ORDERS, every=4))
 def test_the_materialised_set_is_what_forward_passes_say(norm, p):
     network, x, y = linear()
     threat = ThreatModel(p, norm, 0.7 * float(np.median(closed_form(network, x, y, norm))))
@@ -271,8 +269,7 @@ def test_the_network_is_left_as_found():
     assert all(p.grad is None for p in list(network.parameters())[1:])
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize(("norm", "p"), product(NORMS, ORDERS, every=4))
 def test_two_processes_are_one(together, norm, p):
     network, x, y = linear()
     threat = ThreatModel(p, norm, 0.7 * float(np.median(closed_form(network, x, y, norm))))
@@ -371,8 +368,7 @@ def test_an_archive_without_radii_says_what_is_wanted(tmp_path):
 # --- a real network -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "delta"), [("linf", 2 / 255), ("l2", 0.1)])
+@pytest.mark.parametrize(("norm", "delta"), sampled([("linf", 2 / 255), ("l2", 0.1)], 2))
 def test_on_a_real_network_it_is_stronger_than_wpgd(shared, norm, delta):
     weights, file = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
     if not (weights.exists() and file.exists()):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampled import product
 from torch import nn
 from torch.testing import assert_close
 
@@ -263,8 +264,7 @@ def test_a_larger_budget_searches_only_the_images_that_it_concerns(problem, norm
     assert torch.equal(again.distances, then.distances)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("sizes", [(25, 15), (40, 0), (0, 3, 37)])
+@pytest.mark.parametrize(("norm", "sizes"), product(NORMS, [(25, 15), (40, 0), (0, 3, 37)], every=2))
 def test_processes_that_share_a_set_are_one(together, problem, norm, sizes):
     """Also where one has no image, which ones leave is decided over all of them."""
     network, x, y = problem(n=40)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sampled import product
 from torch import nn
 from torch.testing import assert_close
 
@@ -71,9 +72,7 @@ def length(result, p):
     return float((result.distances**p).mean() ** (1 / p))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("p", [2, 3])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("norm", "p", "factor"), product(["linf", "l2"], [2, 3], [0.5, 1.0, 4.0], every=5))
 def test_the_price_adapts_until_the_budget_is_spent(p, norm, factor):
     network, x, y = linear()
     n = dual_norm(gradients(network, x, y), norm)

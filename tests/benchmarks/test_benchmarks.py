@@ -44,7 +44,6 @@ def test_the_page_on_the_method_quotes_the_record_of_near_ties():
         assert row["gap"] < 0.1 * row["median_gap"], "a near tie"
 
 
-@pytest.mark.slow
 def test_the_benchmark_of_near_ties_gives_its_record(shared, tmp_path, monkeypatch):
     record = tmp_path / "near_ties.json"
     given = {"--checkpoint": shared / "models/resnet2b.pt", "--data": shared / "data/cifar10_subset.npz"}
@@ -68,7 +67,6 @@ def test_the_page_on_evaluation_shows_the_record_of_masked_networks():
             assert missed <= bool(said), "figures that are too high are never shown in silence"
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_benchmark_of_masked_networks(shared, tmp_path):
     record = tmp_path / "masked.json"
@@ -79,7 +77,6 @@ def test_the_benchmark_of_masked_networks(shared, tmp_path):
     assert set(row["accuracy"]) == {"clean", "quick", "default", "thorough", "autoattack"}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_step_benchmark(tmp_path):
     record = tmp_path / "step.json"
@@ -101,7 +98,6 @@ def test_the_step_benchmark(tmp_path):
     assert found["flops"]["trades, as usual"] > found["flops"]["trades"] > found["flops"]["wdat, ce"]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_upsilon_benchmark(shared, tmp_path):
     record = tmp_path / "upsilon.json"
@@ -118,7 +114,6 @@ def test_the_upsilon_benchmark(shared, tmp_path):
     assert record.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_pool_benchmark(shared, tmp_path):
     record = tmp_path / "pool.json"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from sampled import sampled
 
 from benchmarks import case_table
 from benchmarks.case_arms import ARMS
@@ -33,7 +34,7 @@ def commands(arm):
     return STUDY.training(arm, 3), STUDY.evaluations(arm, 3)
 
 
-@pytest.mark.parametrize("arm", TRAINED)
+@pytest.mark.parametrize("arm", sampled(TRAINED, 4))
 def test_every_arm_composes_and_is_what_it_says(arm):
     cfg = grids.composed(commands(arm)[0][1:])
     objective, attack = instantiate(cfg.objective), instantiate(cfg.attack)
@@ -81,7 +82,8 @@ def test_at_equal_cost_arms_have_fewer_epochs_from_scratch():
 @pytest.mark.parametrize("arm", TRAINED)
 def test_every_arm_costs_the_same(arm):
     study = Study("resnet2b", Path("out"), Path("FILE.npz"), passes=PASSES)
-    assert grids.composed(study.training(arm, 0)[1:]).trainer.max_epochs * ARMS[arm].passes == PASSES
+    assert f"trainer.max_epochs={PASSES // ARMS[arm].passes}" in study.training(arm, 0)
+    assert PASSES % ARMS[arm].passes == 0
 
 
 def test_passes_that_are_not_whole_epochs_are_refused():
@@ -203,7 +205,6 @@ def test_no_finished_row_is_an_error(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_row_runs_is_left_alone_when_finished_and_makes_a_table(shared, tmp_path):
     with np.load(shared / "data/cifar10_subset.npz") as file:
         arrays = {k: file[k][:1500] if k.endswith("train") else file[k][:40] for k in file.files}

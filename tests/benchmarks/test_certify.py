@@ -68,7 +68,6 @@ def test_lower_ends_are_below_upper_ends():
         assert found["attacked"] is None or found["certified"] <= found["attacked"]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_and_its_continuation(shared, tmp_path):
     command = [sys.executable, "-m", "benchmarks.certify", "--only", "cnn_a", "--images", "3", "--folder"]

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_beyond_the_last_checkpoint(tmp_path):
     record = tmp_path / "faults.json"

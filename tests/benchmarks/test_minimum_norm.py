@@ -55,7 +55,6 @@ def test_table_and_figure_are_made_from_the_record(tmp_path, monkeypatch, capsys
     assert (tmp_path / "a.json").read_bytes() == RECORD.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_stopped_benchmark_goes_on(shared, tmp_path):
     pytest.importorskip("adv_lib.attacks", reason="pip install --no-build-isolation -e '.[benchmarks]'")

@@ -160,7 +160,6 @@ def test_from_the_command_line(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_module_is_a_program(tmp_path):
     command = [sys.executable, "-m", "wdat.cli.collect", str(tmp_path / "none")]

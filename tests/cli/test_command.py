@@ -14,6 +14,7 @@ import venv
 import keeper
 import pytest
 from process_runner import start
+from sampled import sampled
 from script_runner import contents, run_script
 from starters import QUICK, ROOT, SCRIPT
 
@@ -85,17 +86,19 @@ SLOW = (
 )
 
 
-def imported(code):
-    """Which of the slow packages a piece of code has imported."""
-    said = f"\nimport sys; print([name for name in {SLOW} if name in sys.modules], file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code + said], cwd=ROOT, capture_output=True, text=True, check=True)
-    return ast.literal_eval(done.stderr.splitlines()[-1])
+def imported(*codes):
+    """Which of the slow packages are imported after each of some pieces of code, which run in one process."""
+    said = f"\nimport sys; print([name for name in {SLOW} if name in sys.modules], file=sys.stderr)\n"
+    code = "".join(code + said for code in codes)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ast.literal_eval(line) for line in done.stderr.splitlines()[-len(codes) :]]
 
 
 def test_the_package_imports_nothing_slow_before_it_is_used():
-    assert imported("import wdat") == []
-    assert imported("import wdat; wdat.attack, wdat.ThreatModel, wdat.Record, wdat.SettingError") == ["torch"]
-    assert not {"wandb", "robustbench", "pandas", "sklearn"} & set(imported("import wdat; wdat.evaluate"))
+    uses = ["import wdat", "wdat.attack, wdat.ThreatModel, wdat.Record, wdat.SettingError", "wdat.evaluate"]
+    first, attacks, evaluation = imported(*uses)
+    assert (first, attacks) == ([], ["torch"])
+    assert not {"wandb", "robustbench", "pandas", "sklearn"} & set(evaluation)
     assert set(wdat.__all__) <= set(dir(wdat)) | set(wdat._HOMES)
     assert all(getattr(wdat, name) is not None for name in wdat.__all__)
 
@@ -103,11 +106,10 @@ def test_the_package_imports_nothing_slow_before_it_is_used():
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_the_help_is_shown_before_anything_slow_is_imported(script):
     code = "import sys; sys.argv[1:] = ['--help']\nfrom wdat.cli.app import run\n"
-    assert imported(f"{code}try:\n    run({script!r})\nexcept SystemExit: pass") == []
+    assert imported(f"{code}try:\n    run({script!r})\nexcept SystemExit: pass") == [[]]
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_any_terminal_and_a_notebooks_environment_do(tmp_path):
     odd = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://no_such.backend"}
     found = start(EVALUATE, *EVALUATED, "hydra.run.dir=run", folder=tmp_path, **odd)
@@ -160,7 +162,9 @@ def test_an_evaluation_gives_the_knapsack_or_the_strongest_at_the_first_budget()
     assert figure(found[:1]) is None
 
 
-@pytest.mark.parametrize(("script", "settings"), [(SCRIPT, [*QUICK, "pretrain.max_epochs=0"]), (EVALUATE, EVALUATED)])
+@pytest.mark.parametrize(
+    ("script", "settings"), sampled([(EVALUATE, EVALUATED), (SCRIPT, [*QUICK, "pretrain.max_epochs=0"])], 2)
+)
 def test_a_sweeper_is_given_the_figures(tmp_path, monkeypatch, script, settings):
     monkeypatch.chdir(tmp_path)
     keeper.RETURNED.clear()
@@ -206,7 +210,6 @@ def command(tmp_path):
     return fresh / "bin" / "wdat"
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_an_installed_wheel_trains_in_an_empty_folder(tmp_path, command):
     empty = tmp_path / "empty"

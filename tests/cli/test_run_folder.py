@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from sampled import sampled
 from script_runner import contents, run_script
 from starters import QUICK, ROOT, SCRIPT
 
@@ -78,7 +79,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", sampled(REFUSED, 3))
 def test_a_refused_command_changes_nothing(here, name):
     script, words, said = REFUSED[name]
     before = contents(here)
@@ -100,6 +101,7 @@ def test_what_hydra_refuses_leaves_no_folder(here):
     assert contents(here) == before
 
 
+@pytest.mark.long
 def test_a_refused_job_of_a_sweep_keeps_the_run_that_is_there(here):
     shutil.copytree("training", "sweep/0")
     before = contents(here / "sweep" / "0")
@@ -122,6 +124,7 @@ def test_a_folder_in_which_another_process_writes_is_refused(here):
     assert "another process is writing" in result.err
 
 
+@pytest.mark.long
 def test_what_a_resumed_run_changes_is_told_and_remembered(here):
     result = run_script(SCRIPT, "resume=training", "trainer.max_epochs=2")
     assert result.status == 0, result.err
@@ -130,6 +133,7 @@ def test_what_a_resumed_run_changes_is_told_and_remembered(here):
     assert [r.epoch for r in read(Path("training/records.json")) if r.attack == "none"] == [None, 1, 2, None]
 
 
+@pytest.mark.long
 def test_files_may_have_moved(here):
     file = here / "weights" / "small.pt"
     file.parent.mkdir()
@@ -164,6 +168,7 @@ def test_a_resumed_run_remembers_its_configuration(mine):
     assert len(read(mine / "own" / "records.json")) == 6
 
 
+@pytest.mark.long
 def test_a_job_of_a_sweep_in_a_configuration_is_resumed_alone(mine):
     sweep = "  mode: MULTIRUN\n  sweep: {dir: swept}\n  sweeper: {params: {seed: '3,4'}}\n"
     (mine / "my conf" / "swept.yaml").write_text(f"defaults: [mine, _self_]\nhydra:\n{sweep}")
@@ -181,7 +186,9 @@ def test_flags_may_stand_between_overrides(mine):
     assert {r.seed for r in read(mine / "own" / "records.json")} == {7}
 
 
-@pytest.mark.parametrize("flags", [["hydra.run.dir='same/${now:%Y}'"], ["-m", "hydra.sweep.dir='same/${now:%Y}'"]])
+@pytest.mark.parametrize(
+    "flags", sampled([["hydra.run.dir='same/${now:%Y}'"], ["-m", "hydra.sweep.dir='same/${now:%Y}'"]], 2)
+)
 def test_runs_of_the_same_moment_have_folders_of_their_own(here, flags):
     for seed in (1, 2):
         assert run_script(EVALUATE, *EVALUATED, f"seed={seed}", *flags).status == 0
@@ -193,6 +200,7 @@ def test_runs_of_the_same_moment_have_folders_of_their_own(here, flags):
     assert names[1] == f"{names[0]}_2"
 
 
+@pytest.mark.long
 def test_home_is_the_users(here, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for word in ("hydra.run.dir=~/run1", "hydra.run.dir='~/run2'"):
@@ -202,6 +210,7 @@ def test_home_is_the_users(here, monkeypatch, tmp_path):
     assert not list(here.rglob("~*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stages", [["before"], ["before", "epoch"]])
 def test_a_run_that_has_no_checkpoint_to_resume_may_begin_again(here, stages):
     records = json.loads((here / "without" / "records.json").read_text())

@@ -193,6 +193,16 @@ def test_a_resumed_run_remembers_the_best(finished, resumed):
     assert last.checkpoint == "checkpoints/best.ckpt"
 
 
+SHORT = [
+    "evaluation=wpgd",
+    "pretrain.max_epochs=0",
+    "trainer.max_epochs=1",
+    "data.limit_train=64",
+    "evaluation.curve=[]",
+]
+
+
+@pytest.mark.long
 def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
     """Also where it isn't the best: here nothing is learnt, so no epoch is better than the first."""
     shorter = ["pretrain.max_epochs=0", "data.limit_train=64", "evaluation.curve=[]", "optimizer.lr=0"]
@@ -211,6 +221,7 @@ def test_the_last_checkpoint_is_that_of_the_last_epoch(tmp_path):
     assert len(after) == len(set(after)), "those of before it went on are gone"
 
 
+@pytest.mark.long
 def test_jobs_in_one_process_of_which_one_fails(tmp_path):
     shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
     result = train("-m", *QUICK, *shorter, "seed=0,-1,7", f"hydra.sweep.dir={tmp_path / 'sweep'}")
@@ -229,6 +240,7 @@ def test_jobs_in_one_process_of_which_one_fails(tmp_path):
         assert (tmp_path / "sweep" / str(job) / "curve.png").exists()
 
 
+@pytest.mark.long
 def test_a_run_in_float64_goes_on_to_the_bit(tmp_path):
     run = tmp_path / "run"
     few = ["pretrain.max_epochs=0", "data.limit_train=64", "evaluation.curve=[]", "trainer.precision=64-true"]
@@ -259,6 +271,7 @@ def test_the_switches_for_speed(tmp_path):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
 
 
+@pytest.mark.long
 def test_a_pool_of_synthetic_images(tmp_path):
     data = digits()
     np.savez("pool.npz", image=data.x_train[:200].permute(0, 2, 3, 1).numpy(), label=data.y_train[:200].numpy())
@@ -281,8 +294,9 @@ def test_a_pool_of_synthetic_images(tmp_path):
     assert "Traceback" not in result.err
 
 
+@pytest.mark.long
 def test_a_run_is_a_function_of_its_seed(tmp_path):
-    shorter = ["pretrain.max_epochs=1", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
+    shorter = [*SHORT, "pretrain.max_epochs=1"]
     values = []
     for name in ("one", "two"):
         assert train(*QUICK, *shorter, f"hydra.run.dir={tmp_path / name}").status == 0
@@ -290,6 +304,7 @@ def test_a_run_is_a_function_of_its_seed(tmp_path):
     assert values[0] == values[1]
 
 
+@pytest.mark.long
 def test_no_epochs_is_an_evaluation(tmp_path):
     result = train(*QUICK, "trainer.max_epochs=0", "pretrain.max_epochs=0", f"hydra.run.dir={tmp_path / 'run'}")
     assert (result.status, result.err) == (0, "")
@@ -299,6 +314,7 @@ def test_no_epochs_is_an_evaluation(tmp_path):
     assert before == after
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["trades", "clean"])
 def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
     shorter = ["pretrain.max_epochs=0", "trainer.max_epochs=1", "data.limit_train=64", "evaluation.curve=[]"]
@@ -307,15 +323,7 @@ def test_an_objective_without_the_attack_says_so_once(tmp_path, objective):
     assert result.out.count("attack=wpgd_budget is not used") == 1
 
 
-SHORT = [
-    "evaluation=wpgd",
-    "pretrain.max_epochs=0",
-    "trainer.max_epochs=1",
-    "data.limit_train=64",
-    "evaluation.curve=[]",
-]
-
-
+@pytest.mark.long
 def test_without_a_choice_of_checkpoint_the_last_one_is_tested(tmp_path):
     result = train(*QUICK, *SHORT, "callbacks.checkpoint=null", "logger=none", "hydra.run.dir=run")
     assert (result.status, result.err) == (0, "")
@@ -362,7 +370,7 @@ def alone(tmp_path_factory):
     return SimpleNamespace(done=script(*SHORTER, "hydra.run.dir=run", folder=folder), folder=folder / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_a_shell(alone, tmp_path):
     """The same in a process of its own, where nothing is silenced or turned into errors by the tests."""
     found = script(*QUICK, "objective.smooth=everything", folder=tmp_path)
@@ -374,7 +382,6 @@ def test_from_a_shell(alone, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_two_processes_measure_what_one_does(alone, tmp_path):
     """35 test images, an odd number: none is left out and none counted twice."""
     found, both = [], script(*SHORTER, "trainer.devices=2", f"hydra.run.dir={tmp_path}", folder=tmp_path)
@@ -390,7 +397,6 @@ def test_two_processes_measure_what_one_does(alone, tmp_path):
         assert two.loss_mean == (one.loss_mean and pytest.approx(one.loss_mean, rel=1e-3))
 
 
-@pytest.mark.slow
 def test_a_real_network_on_real_images(shared, tmp_path):
     weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
     if not weights.exists() or not images.exists():
@@ -414,7 +420,6 @@ def test_a_real_network_on_real_images(shared, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:wpgd. every gradient is zero")  # fresh weights classify nothing
 def test_a_network_of_the_zoo_trains(tmp_path):
     name = "Rebuffi2021Fixing_R18_ddpm"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from quick_run import LOCALLY, QUICK, train
+from sampled import sampled
 
 from wdat import models
 from wdat.models import zoo
@@ -55,7 +56,7 @@ BAD = {  # the others are those of test_build.py
 }
 
 
-@pytest.mark.parametrize("arguments", BAD)
+@pytest.mark.parametrize("arguments", sampled(BAD, 4))
 def test_bad_settings_are_named_with_a_remedy(arguments):
     message = refused(*arguments.split())
     for word in BAD[arguments]:
@@ -97,7 +98,7 @@ def checkpoint(kind, folder):
     return path
 
 
-@pytest.mark.parametrize("kind", ["another architecture", "missing", "corrupt", "pickled", "a web page"])
+@pytest.mark.parametrize("kind", sampled(["another architecture", "missing", "corrupt", "pickled", "a web page"], 3))
 def test_bad_checkpoints_are_named(kind, tmp_path):
     path = checkpoint(kind, tmp_path)
     message = refused(f"model.checkpoint={path}")

@@ -33,8 +33,6 @@ alone = partial(run_script, SCRIPT)
 by_two = partial(start, SCRIPT, TWO)
 torchrun = partial(start, *TORCHRUN, SCRIPT, TWO)
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
@@ -74,6 +72,7 @@ def same_folder(one, two):
     assert [passes for passes, _ in a["effort"]] == [passes for passes, _ in b["effort"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "starter", [by_two, pytest.param(torchrun, marks=pytest.mark.long)], ids=["lightning", "torchrun"]
 )
@@ -160,6 +159,7 @@ def test_an_error_is_told_once_and_leaves_nothing(tmp_path, starter, override, w
     assert [f.name for f in tmp_path.iterdir()] == ["radii.npy"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_stop_is_at_once_and_keeps_what_is_recorded(tmp_path, number):
     command = [sys.executable, str(SCRIPT), *QUICK, TWO, "attack_options.wpgd.steps=100000", "hydra.run.dir=run"]

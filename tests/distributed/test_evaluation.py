@@ -58,9 +58,11 @@ def same_figures(alone, shared, case):
             alike(a[key], b[key], rel=rel, path=[*about, key])
 
 
-def test_two_processes_give_the_records_of_one(measured, images, weights):
+@pytest.mark.parametrize("fab", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_two_processes_give_the_records_of_one(measured, images, weights, fab):
     """301 images (an odd number), 3, and 1, for which one process has an empty shard."""
-    one, (first, second) = measured(images=str(images), weights=str(weights))
+    options = WORK["options"] | ({} if fab else {"knapsack": {**WORK["options"]["knapsack"], "fab": 0}})
+    one, (first, second) = measured(images=str(images), weights=str(weights), options=options)
     assert first == second, "every process knows all figures"
     for case, alone, shared in zip(CASES, one, first, strict=True):
         same_figures(alone, shared, case)
@@ -70,7 +72,6 @@ def test_two_processes_give_the_records_of_one(measured, images, weights):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_real_network_on_real_images(measured, shared):
     weights, images = shared / "models" / "resnet2b.pt", shared / "data" / "cifar10_subset.npz"
     if not weights.exists() or not images.exists():

@@ -12,6 +12,7 @@ import pytest
 WORKER = Path(__file__).parent / "failing.py"
 
 
+@pytest.mark.long
 def test_an_error_on_one_process_is_raised_on_both(results):
     first, second = results(WORKER, "agree", 40)
     kinds = ["SettingError", "RunError", "RunError", "SettingError", "RunError", "SettingError", "none"]
@@ -30,7 +31,6 @@ def test_an_error_on_one_process_is_raised_on_both(results):
     assert "empty" in said[5]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "seconds"), [("die", 200), ("hang", 4), ("ddp", 200)])
 @pytest.mark.long
 def test_nobody_waits_for_a_process_that_is_gone(launch, mode, seconds):

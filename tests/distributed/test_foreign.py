@@ -9,7 +9,7 @@ import pytest
 FOREIGN = Path(__file__).with_name("foreign.py")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_log_what_one_does(results, weights, tmp_path):
     (alone,) = results(FOREIGN, weights, tmp_path / "alone.json", world=1)
     first, second = results(FOREIGN, weights, tmp_path / "both.json", world=2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from process_runner import alike
+from sampled import sampled
 from small_problems import small_network
 from torch import nn
 
@@ -101,7 +102,7 @@ def test_collecting_batches_keeps_rows_where_they_are_known():
 # --- figures and pictures -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [2, 12])
+@pytest.mark.parametrize("world", sampled([2, 12], 2))
 def test_records_with_pictures_are_those_of_one_process(together, problem, world):
     """Of 12 processes one has no image; the network can't take an empty batch."""
     attacks = [build("pgd", steps=3, step_size=0.5), build("wpgd", steps=3, loss="margin"), build("wfgsm")]
@@ -204,6 +205,7 @@ def measure(problem, together):
     return run
 
 
+@pytest.mark.long
 def test_one_folder_serves_any_number_of_processes(measure, searches, tmp_path):
     """Begun by one, three or twelve and finished by others: the search is made once, the figures are those of one."""
     measure(tmp_path / "one", 1, (0.01, 0.02, 0.03))
@@ -227,6 +229,7 @@ def test_one_folder_serves_any_number_of_processes(measure, searches, tmp_path):
         }
 
 
+@pytest.mark.long
 def test_flips_of_other_images_or_labels_are_not_reused(measure, searches, problem, tmp_path):
     def relabelled(problem, rank, world):
         images = share(problem, rank, world)

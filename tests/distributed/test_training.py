@@ -102,7 +102,6 @@ def same_weights(start, one, first, second, name, moved=1e-4):
     assert most > moved, (name, "a run that changes nothing would agree anyway")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
 @pytest.mark.parametrize(
     "cases",
@@ -115,7 +114,6 @@ def test_two_processes_train_what_one_does(compared, cases):
         same_weights(start, *weights, name)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_also_with_a_pool_of_synthetic_images(compared):
     start, one, first, second = compared(list(POOLED.values()))
@@ -123,7 +121,6 @@ def test_also_with_a_pool_of_synthetic_images(compared):
         same_weights(start, *weights, name)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start of training")
 @pytest.mark.long
 def test_a_process_may_have_nothing_to_validate(compared):

@@ -230,7 +230,7 @@ def test_other_networks_are_refused(run_of: Callable[..., Path]) -> None:
         export(run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:wpgd. every gradient is zero")
 def test_a_real_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.py`, `evaluate.py` on its checkpoint, `export`: the card holds the records' figures."""

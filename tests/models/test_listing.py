@@ -126,7 +126,6 @@ def test_json_and_the_same_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_reader_that_has_had_enough() -> None:
     reading, writing = os.pipe()

@@ -120,6 +120,7 @@ def test_channels_last_agrees(pretrained, plain, data):
     agree(first_step(network, data), plain, **FLOAT32)
 
 
+@pytest.mark.long
 def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
     """Everything but the code generator, which the slow test has."""
     network = copy.deepcopy(pretrained)
@@ -129,7 +130,6 @@ def test_a_compiled_network_agrees_and_keeps_its_names(pretrained, plain, data):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_all_switches_together_agree(pretrained, plain, data):
     network = models.accelerate(copy.deepcopy(pretrained), channels_last=True, compiled=True)
@@ -211,7 +211,6 @@ def test_every_local_network_accepts_the_layout():
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "delta"), [("linf", 2 / 255), ("l2", 0.25)])
 def test_distances_in_bf16_are_those_of_float32_but_for_a_percent(shared, norm, delta):
     """First-order distances of 846 real images, by which `critical_draw` divides its budget (docs/cost.md)."""

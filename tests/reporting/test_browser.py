@@ -32,12 +32,12 @@ def report(request, tmp_path):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_console_is_silent(chromium, report):
     assert chromium.console(report) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_its_window_and_draws_its_figures(chromium, report, width):
     text = report.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_the_page_fits_its_window_and_draws_its_figures(chromium, report, width)
     assert found["dead"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_long_names_do_not_widen_a_phone(chromium):
     long = "an_exceedingly_long_name_without_a_place_to_break_" * 8
     records = read(RESULTS / "quickstart" / "seed0.json")
@@ -63,7 +63,7 @@ def test_long_names_do_not_widen_a_phone(chromium):
     assert chromium.measure(render(changed, f"python train.py model.checkpoint={long}"), 390)["scroll"] == 390
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_browser_would_notice(chromium, tmp_path):
     """Guards the guards: a page that is too wide, and one that fetches and runs what it may not."""
     good = render(KINDS["evaluation"]())

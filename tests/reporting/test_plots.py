@@ -171,7 +171,6 @@ def test_a_figure_is_drawn_on_the_users_axes():
     assert axes.get_lines()
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_notebooks_backend_does_not_matter():
     program = "import wdat.reporting.plots as p, os; assert os.environ['MPLBACKEND'] == 'module://no_such_backend'"

@@ -56,6 +56,7 @@ def test_an_evaluation_of_hostile_names_keeps_its_folder_and_its_secrets(tmp_pat
     assert holds_a_secret(result, folder) == []
 
 
+@pytest.mark.long
 def test_a_training_keeps_its_folder_and_its_secrets(tmp_path):
     folder = tmp_path / "a[" / "]b"
     result = run_script(TRAIN, *TRAINED, f"hydra.run.dir='{folder}'")
@@ -75,7 +76,6 @@ def test_the_search_for_secrets_finds_them(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_wandbs_own_files_hold_no_secret(tmp_path):
     """In an interpreter of its own, because W&B starts processes."""
     folder = tmp_path / "run"

@@ -240,7 +240,6 @@ while True:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_logged(tmp_path):
     """Also while the file is written anew for a new column, as in every seventh row here."""
     for rows in (3, 60, 151):
@@ -268,7 +267,6 @@ def tensorboard(folder, resumed_at=None):
     return TensorBoardLogger(folder, resumed_at, name="", version="tensorboard")
 
 
-@pytest.mark.slow  # imports tensorboard
 @pytest.mark.filterwarnings("default")  # tensorboard's own
 def test_tensorboard_shows_an_interrupted_run_as_an_uninterrupted_one(tmp_path):
     train(tmp_path / "one", logger=tensorboard)
@@ -293,7 +291,6 @@ def no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-@pytest.mark.slow  # starts a service
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, no_network):
     import wandb

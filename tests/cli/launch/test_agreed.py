@@ -39,6 +39,7 @@ def test_what_lightning_starts_has_prepared_arguments(place):
     assert agreed(given, no_preparation) == given
 
 
+@pytest.mark.long
 def test_processes_of_slurm_agree_by_the_number_of_the_job(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place(SLURM)

@@ -46,13 +46,12 @@ def pair(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_two_processes_has_one_file_of_metrics(pair):
     assert len(figures(pair)[0]) == 5  # two tests, two steps, one validation
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_torchrun_and_lightning_give_the_same_run_in_one_folder(pair, tmp_path):
     found = torchrun(*QUICK, "trainer.devices=2", folder=tmp_path)
     assert found.status == 0, found.err
@@ -62,7 +61,6 @@ def test_torchrun_and_lightning_give_the_same_run_in_one_folder(pair, tmp_path):
     assert figures(config.parents[1]) == figures(pair)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_tasks_of_slurm_give_the_same_run_in_one_folder(pair, tmp_path):
     """Two processes with the variables that `srun --ntasks-per-node=2` sets."""
@@ -83,7 +81,6 @@ def test_tasks_of_slurm_give_the_same_run_in_one_folder(pair, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("starter", ["lightning", "torchrun"])
 def test_a_run_with_an_added_setting_is_resumed_in_two_processes(tmp_path, starter):
     """`+key=value` may stand in a command line once only, so the old overrides must not be put in twice."""
@@ -95,7 +92,6 @@ def test_a_run_with_an_added_setting_is_resumed_in_two_processes(tmp_path, start
     assert [int(row["step"]) for row in figures(tmp_path / "run")[0]] == [0, 0, 1, 1, 2, 3, 3, 4]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_torchrun_sweeps_in_one_group_of_processes(pair, tmp_path):
     found = torchrun("-m", *QUICK, "trainer.devices=2", "seed=0,3", folder=tmp_path)
@@ -105,7 +101,6 @@ def test_torchrun_sweeps_in_one_group_of_processes(pair, tmp_path):
     assert {seed for *_, seed, _, _ in figures(sweep / "1")[1]} == {3}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_submitit_gives_every_job_of_a_sweep_two_processes(pair, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -120,6 +115,7 @@ def test_submitit_gives_every_job_of_a_sweep_two_processes(pair, tmp_path):
     assert sorted(text.count("64 training") for text in written) == [0, 0, 1, 1], "one task of each job speaks"
 
 
+@pytest.mark.long
 def test_a_sweep_on_several_devices_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run_script(SCRIPT, "-m", *QUICK, "trainer.devices=2", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
@@ -129,7 +125,6 @@ def test_a_sweep_on_several_devices_is_refused_before_any_work(tmp_path, monkeyp
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, devices):
     longer = [*QUICK, "pretrain.max_epochs=0", "trainer.max_epochs=12", f"trainer.devices={devices}"]

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from sampled import product
 from torch.utils.data import DataLoader, TensorDataset
 
 import wdat
@@ -36,9 +37,9 @@ def last(evaluation):
     return evaluation.records.records[-3:]
 
 
-@pytest.mark.parametrize("inference", [True, False])
-@pytest.mark.parametrize("split", ["val", "test"])
-@pytest.mark.parametrize("eval_batch_size", [8, 512])
+@pytest.mark.parametrize(
+    ("inference", "split", "eval_batch_size"), product([True, False], ["val", "test"], [8, 512], every=3)
+)
 def test_stand_alone_loops(split, inference, eval_batch_size, digits, make_module, make_evaluation, make_trainer):
     module, evaluation = make_module(), make_evaluation(pointwise_step=0.1)
     data = digits(eval_batch_size=eval_batch_size)

@@ -9,6 +9,7 @@ import signal
 import lightning as L
 import pytest
 import torch
+from sampled import product
 
 from wdat.errors import SettingError, Stopped
 from wdat.training.callbacks import GracefulStop, LastCheckpoint
@@ -61,8 +62,10 @@ def weights(module):
     return module.network.state_dict()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [{"step": 1}, {"step": 2}, {"step": 4}, {"epoch": 0}])
+@pytest.mark.parametrize(
+    ("number", "at"),
+    product([signal.SIGTERM, signal.SIGINT], [{"step": 1}, {"step": 2}, {"step": 4}, {"epoch": 0}], every=3),
+)
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, at, digits, fresh, make_trainer, tmp_path):
     """In the first epoch, in its last step, in the second, and in the evaluation between (three steps an epoch)."""
     whole, everything = fit(fresh, make_trainer, digits(), tmp_path / "whole.ckpt")

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sampled import product
 from small_training import (
     QUIET,
     SEED,
@@ -66,9 +67,8 @@ def test_the_state_of_another_estimator_is_left_out(data, tmp_path):
     other.on_load_checkpoint({})  # a checkpoint without any
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [3, 4])  # at the end of an epoch of three steps, and inside the next
-@pytest.mark.parametrize("pooled", [False, True])
+# at the end of an epoch of three steps, and inside the next
+@pytest.mark.parametrize(("kind", "steps", "pooled"), product(KINDS, [3, 4], [False, True], every=3))
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, kind, steps, pooled, pool):
     def read():
         return digits(synthetic={"path": pool, "sample": 30} if pooled else None)

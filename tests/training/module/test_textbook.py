@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sampled import product
 from small_training import DELTA, NETWORKS, QUIET, SEED, digits, distributional, fit, module_for, same, small_cnn
 from torch import nn
 
@@ -57,9 +58,7 @@ def trades(inner=4, **options):
     return TRADES(pointwise_attack=build("pgd", loss="kl", steps=inner, step_size=0.25), **options)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", ["wpgd_budget", "pgd"])
+@pytest.mark.parametrize(("kind", "norm", "name"), product(NETWORKS, ["linf", "l2"], ["wpgd_budget", "pgd"], every=3))
 def test_wdat_with_uniform_radii_is_trades_to_the_bit(data, kind, norm, name):
     threat = ThreatModel(math.inf if name == "wpgd_budget" else 2, norm, DELTA if norm == "linf" else 0.5)
     network = NETWORKS[kind]()
@@ -76,9 +75,7 @@ class Doubled(ImageDataModule):
         return batch._replace(x=batch.x.double())
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("objective", ["trades", "wdat"])
+@pytest.mark.parametrize(("kind", "norm", "objective"), product(NETWORKS, ["linf", "l2"], ["trades", "wdat"], every=3))
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 1), (torch.float64, 5)])  # signs amplify rounding
 def test_both_are_textbook_trades(kind, norm, objective, dtype, steps):
     data = digits(kind=ImageDataModule if dtype == torch.float32 else Doubled)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from averaged import QUIET, Stop, Trail, run, same, saved, weights
+from sampled import sampled
 
 from wdat import models
 from wdat.training.callbacks import ExponentialAveraging
@@ -16,9 +17,10 @@ pytestmark = QUIET
 
 
 @pytest.mark.parametrize("start", [0, 0.5])
-@pytest.mark.parametrize(("hook", "steps"), [  # at the end of an epoch of three steps, in its validation, in the next
-    ("on_train_batch_end", 3), ("on_validation_batch_end", 3), ("on_train_batch_end", 4), ("on_train_batch_end", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(("hook", "steps"), sampled([
+    ("on_train_batch_end", 3),  # at the end of an epoch of three steps, in its validation, in the next
+    ("on_validation_batch_end", 3), ("on_train_batch_end", 4), ("on_train_batch_end", 5),
+], 3))  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_one(hook, steps, start, digits, make, make_trainer, tmp_path):
     """To the bit: the average, the current weights and the number of updates; though the callback saves first."""
     one = partial(run, make, make_trainer, digits, start=start)

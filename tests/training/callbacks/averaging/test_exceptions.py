@@ -7,10 +7,20 @@ import signal
 import pytest
 from averaged import QUIET, Scored, Stop, Trail, same, saved, weights, with_batchnorm
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sampled import product
 
 from wdat.training.callbacks import ExponentialAveraging
 
 pytestmark = QUIET
+
+
+HOOKS = [
+    "train_batch_start",
+    "validation_batch_start",
+    "validation_batch_end",
+    "validation_epoch_end",
+    "validation_end",
+]
 
 
 @pytest.fixture
@@ -21,10 +31,9 @@ def interruptible():
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("hook", ["train_batch_start", "validation_batch_start", "validation_batch_end",
-                                  "validation_epoch_end", "validation_end"])  # fmt: skip
-@pytest.mark.parametrize("error", [InterruptedError, KeyboardInterrupt])
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    ("hook", "error", "last"), product(HOOKS, [InterruptedError, KeyboardInterrupt], [True, False], every=3)
+)
 def test_after_an_exception_the_module_holds_its_current_weights(
     hook, error, last, digits, make, make_trainer, tmp_path, interruptible
 ):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from averaged import QUIET, Scored, Trail, same, saved, weights, with_batchnorm
 from lightning.pytorch.callbacks import ModelCheckpoint
+from sampled import sampled
 
 import wdat
 from wdat.attacks.budget import PGD
@@ -92,7 +93,7 @@ def test_attacks_in_validation_are_given_the_average(
     assert found != outside(trail.raw[-1])
 
 
-@pytest.mark.parametrize("split", ["validate", "test"])
+@pytest.mark.parametrize("split", sampled(["validate", "test"], 2))
 def test_evaluation_apart_from_training_scores_what_it_is_given(
     split, digits, make, make_trainer, make_evaluation, tmp_path
 ):
