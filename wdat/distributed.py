@@ -45,7 +45,7 @@ class Processes:
         return value
 
     def gather(self, values: Tensor) -> Tensor:
-        """All processes' rows, in the order of their ranks; the numbers of rows may differ."""
+        """All processes' rows, in the order of their ranks, where the given ones are; their numbers may differ."""
         return values
 
     def to_host(self, values: Tensor, most: int | None = None) -> Tensor:
@@ -130,12 +130,12 @@ class TorchProcesses(Processes):
         counts = [int(c) for c in self.sum([float(values.shape[0]) * (r == self.rank) for r in range(self.world_size)])]
         if not any(counts):
             return values
-        padded = values.new_zeros((max(counts), *values.shape[1:]))
+        padded = values.new_zeros((max(counts), *values.shape[1:]), device=self.device)
         padded[: values.shape[0]] = values
         parts = [torch.empty_like(padded) for _ in counts]
         with distributed_errors():
             dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(values.device)
 
 
 def _lost(error: BaseException) -> str | None:

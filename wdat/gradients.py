@@ -29,13 +29,17 @@ class Gradients:
     logits: Tensor
     finite: Tensor
 
+    def to(self, device: torch.device) -> Gradients:
+        """The same on a device."""
+        return Gradients(*(part.to(device) for part in (self.gradient, self.loss, self.logits, self.finite)))
+
 
 def input_gradients(network: nn.Module, x: Tensor, target: Tensor, loss: Loss, batch_size: int = 512) -> Gradients:
     """∇ₓJ of every image, in passes of `batch_size`; call it inside `wdat.gradients.undisturbed`.
 
     Args:
         network: Takes images in [0, 1], gives logits (N, K).
-        x: Images (N, ...).
+        x: Images (N, ...), where the results will be; images on the host go to the network's device pass by pass.
         target: The loss's target, one row an image.
         loss: Per-sample loss.
         batch_size: Images per pass.
@@ -57,12 +61,13 @@ def gradient_parts(
     if not len(x):
         logits = forward(network, x)
         yield Gradients(torch.zeros_like(x), loss(logits, target), logits, x.new_zeros(0, dtype=torch.bool))
+    device = device_of(network, x)
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
-        images = x[rows].detach().requires_grad_(True)
+        images = x[rows].detach().to(device).requires_grad_(True)
         # It may write into its input. Of a copy, which is no leaf, torch warns where the network is compiled.
         logits = network(images if is_compiled(network) else images.clone())
-        yield gradients_of(images, logits, target[rows], loss)
+        yield gradients_of(images, logits, target[rows].to(device), loss).to(x.device)
 
 
 def is_compiled(network: nn.Module) -> bool:
@@ -107,13 +112,15 @@ def forward(network: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Logits (N, K) of all images, without gradients, in passes of `batch_size`.
 
     Not every network accepts an empty batch, so the width K for no images is that of a blank one. The network is given
-    copies, because some write into their input.
+    copies, because some write into their input, and on its device; the logits are where the images are.
     """
+    device = device_of(network, x)
     with torch.no_grad():
         if not len(x):
-            blank: Tensor = network(x.new_zeros((1, *x.shape[1:])))
-            return blank[:0]
-        return torch.cat([network(x[i : i + batch_size].clone()) for i in range(0, len(x), batch_size)])
+            blank: Tensor = network(x.new_zeros((1, *x.shape[1:]), device=device))
+            return blank[:0].to(x.device)
+        starts = range(0, len(x), batch_size)
+        return torch.cat([network(x[i : i + batch_size].to(device, copy=True)).to(x.device) for i in starts])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wdat.errors import SettingError
-from wdat.gradients import undisturbed
+from wdat.gradients import device_of, undisturbed
 from wdat.precision import float32
 
 _WRAPPER = "class Logits(torch.nn.Sequential): forward = lambda self, x: {} (and give Logits(network))"
@@ -103,7 +103,7 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
     shape = (1, *x.shape[1:])
     if any(is_lazy(tensor) for tensor in chain(network.parameters(), network.buffers())):
         raise SettingError(f"{name} has lazy layers without weights: call network(torch.zeros{shape}) once before")
-    image = x[:1].detach().clone().requires_grad_(True)
+    image = x[:1].detach().to(device_of(network, x), copy=True).requires_grad_(True)
     with undisturbed(network), float32(network, image):
         try:
             out = network(image.clone())
@@ -115,7 +115,7 @@ def classes_of(network: nn.Module, x: Tensor) -> int:
             if x.dim() == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
                 hint = "; channels come first: x.permute(0, 3, 1, 2)"
             raise SettingError(
-                f"{name} can't take images {shape} of {str(x.dtype).removeprefix('torch.')} on {x.device} "
+                f"{name} can't take images {shape} of {str(x.dtype).removeprefix('torch.')} on {image.device} "
                 f"({reason}): choose data and model that fit each other{hint}"
             ) from error
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != 1 or not out.is_floating_point():
@@ -144,7 +144,7 @@ def check_figures(network: nn.Module, x: Tensor) -> None:
         network: Takes images in [0, 1], gives logits (N, K).
         x: Images (N, C, H, W), of which up to four are used.
     """
-    images = x[:4].detach()
+    images = x[:4].detach().to(device_of(network, x))
     with undisturbed(network), float32(network, images), torch.no_grad():
         first, again = (network(images.clone()) for _ in range(2))
         single = torch.cat([network(image[None].clone()) for image in images])

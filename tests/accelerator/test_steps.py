@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
+from sampled import product
 
 from benchmarks.pretended import COUNTS, CUDA, accelerator, device_tensor, lend
 from benchmarks.waits import DELTA, ESTIMATORS, SmallNetwork, TrainingSteps, images
 from wdat import ThreatModel
 from wdat.attacks import ATTACKS, Context, build
 from wdat.attacks.budget import WPGDBudget
+from wdat.certify import Smoothing, Surroundings
 from wdat.distributed import current
 from wdat.evaluation import ImageTensors, evaluate
+from wdat.evaluation.evaluator import SETS
 from wdat.gradients import undisturbed
 from wdat.sensitivity import Sensitivity
 from wdat.training.requests import SAVE, Requests, asked_by_any
@@ -32,9 +36,9 @@ def waits(counts):
     return "\n".join(f"{count:4} {line} {kind}" for (line, kind), count in counts.waits.most_common())
 
 
-@pytest.mark.parametrize("norm", DELTA)
-@pytest.mark.parametrize(("attack", "estimator"), CHOICES)
-def test_a_training_step_mixes_no_devices(attack, estimator, norm):
+@pytest.mark.parametrize(("choice", "norm"), product(CHOICES, DELTA, every=5))
+def test_a_training_step_mixes_no_devices(choice, norm):
+    attack, estimator = choice
     for processes, pool in ((1, False), (2, False), (2, True)):
         with accelerator(processes):
             step = TrainingSteps(attack, norm, estimator, inner=2, size=8, processes=processes, pool=pool)
@@ -52,9 +56,10 @@ def third_step(attack, norm, processes, **options):
     return step(3)
 
 
-@pytest.mark.parametrize("norm", DELTA)
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("attack", ["wpgd_budget", "knapsack_budget", "critical_draw", "trades"])
+@pytest.mark.parametrize(
+    ("norm", "processes", "attack"),
+    product(DELTA, [1, 2], ["wpgd_budget", "knapsack_budget", "critical_draw", "trades"], every=3),
+)
 def test_a_training_step_hardly_waits(attack, processes, norm):
     """However many inner steps: at most six waits and two collective operations."""
     with accelerator(processes) as counts:
@@ -81,8 +86,7 @@ def test_a_step_carries_requests_to_the_other_processes():
         assert asked_by_any(TrainingSteps("wpgd_budget", "linf", inner=2, requests=requests)(1)) is None
 
 
-@pytest.mark.parametrize("norm", DELTA)
-@pytest.mark.parametrize("attack", EVALUATE)
+@pytest.mark.parametrize(("norm", "attack"), product(DELTA, EVALUATE, every=2))
 def test_an_evaluation_mixes_no_devices(attack, norm):
     """All of an evaluation, with pictures, on two processes of which one has no images, and on one."""
     options = {"knapsack": {"effort": "quick"}}.get(attack, {"steps": 2})
@@ -98,6 +102,52 @@ def test_an_evaluation_mixes_no_devices(attack, norm):
             )  # fmt: skip
         assert [r.attack for r in found] == ["none", attack, attack]
         assert all(r.n == 9 for r in found)
+
+
+@pytest.mark.filterwarnings("ignore:knapsack")  # the network is no robust one, and some images have no point
+@pytest.mark.parametrize("attack", EVALUATE)
+def test_images_may_stay_on_the_host(attack):
+    """A set for which the device has no room goes to it pass by pass, also among processes, and nothing changes."""
+    options = {"knapsack": {"effort": "quick", "starts": 2, "steps": 2, "refine": 2}}.get(attack, {"steps": 2})
+    threat = ThreatModel(2, "l2", DELTA["l2"])
+    torch.manual_seed(0)
+    network = SmallNetwork()
+    host = ImageTensors(*(part.raw for part in images(9)), torch.arange(9))
+    given = {"attacks": [build(attack, batch_size=4, **options)], "batch_size": 4, "pictures": True}
+    wanted = evaluate(network, host, threat, **given)
+    lent = lend(network)
+    for processes in (1, 2):
+        with accelerator(processes):
+            found = evaluate(lent, host, threat, processes=current(CUDA), **given)
+        assert [r.accuracy for r in found] == [r.accuracy for r in wanted]
+        assert [r.distance for r in found] == pytest.approx([r.distance for r in wanted], rel=1e-4)
+
+
+def test_images_to_certify_may_stay_on_the_host():
+    threat = ThreatModel(2, "l2", DELTA["l2"])
+    torch.manual_seed(0)
+    network = SmallNetwork().eval()
+    x, y = (part.raw[:3] for part in images(3))
+    wanted = Smoothing(samples=8)(network, x, y, [threat]).figures(threat)
+    with accelerator(2):
+        around = Surroundings(torch.arange(3), current(CUDA))
+        found = Smoothing(samples=8)(lend(network), x, y, [threat], around).figures(threat)
+    assert found["accuracy"] == pytest.approx(wanted["accuracy"], rel=1e-6)
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_a_set_is_on_the_device_where_an_attack_on_it_has_room(monkeypatch, roomy):
+    """Memory that PyTorch holds and doesn't use is free too."""
+    parts = [(torch.rand(2, 3, 1, 1), torch.zeros(2, dtype=torch.int64)) for _ in range(2)]
+    size = 4 * 3 * 4  # bytes of the images
+    memory = {"mem_get_info": (SETS * size - 100, 10**9), "memory_reserved": 300, "memory_allocated": 200 + (not roomy)}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    said = nullcontext() if roomy else pytest.warns(UserWarning, match=r"stay in the host's memory.*data\.limit_test")
+    with accelerator(), said:
+        kept = ImageTensors.join(iter(parts), CUDA)
+    assert kept.x.device == (CUDA if roomy else torch.device("cpu"))
+    assert torch.equal(kept.x.raw if roomy else kept.x, torch.cat([x for x, _ in parts]))
 
 
 @pytest.mark.parametrize("name", ["wpgd_budget", "wpgd", "wfgsm", "fgsm"])

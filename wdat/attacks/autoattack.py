@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wdat.attacks.base import Attack, Context, Moved
 from wdat.attacks.fab import NORM_NAMES, as_found, plain
 from wdat.errors import SettingError, unknown
-from wdat.gradients import forward
+from wdat.gradients import device_of, forward
 from wdat.losses import correct
 from wdat.threat import ThreatModel, contract, per_image
 
@@ -96,7 +96,7 @@ class AutoAttack(Attack):
         if not len(x):
             return Moved(x, radii, threat.delta)
         log = _Log()
-        with as_found(x.device):
+        with as_found(device_of(network, x)):
             x_adv = self._ensemble(network, x, y, threat, log, context)
         for message in log.found.values():
             warnings.warn(f"{self.name}: {message}", stacklevel=4)
@@ -122,8 +122,8 @@ class AutoAttack(Attack):
         self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, log: _Log, context: Context
     ) -> Tensor:
         """Each sub-attack on the images that are left, packed into full batches; seeded anew in every batch."""
-        small = x.detach().to(torch.float32, copy=True).contiguous()
-        ensemble = _build(plain(network, x.dtype), self.version, threat, self.seed, x.device, log)
+        device = device_of(network, x)
+        ensemble = _build(plain(network, x.dtype), self.version, threat, self.seed, device, log)
         classes = forward(network, x[:1]).shape[1]
         ensemble.fab.n_target_classes = ensemble.apgd_targeted.n_target_classes = min(9, classes - 1)
         robust = correct(forward(network, x, self.batch_size), y)
@@ -134,8 +134,9 @@ class AutoAttack(Attack):
             ensemble.fab.n_restarts = 5 if self.version == "plus" else 1  # fab-t takes it to 1 for good
             for start in range(0, len(left), self.batch_size):
                 rows = left[start : start + self.batch_size]
-                found, _ = ensemble.run_standard_evaluation(small[rows], y[rows], batch_size=self.batch_size)
-                found = _inside(x[rows], found.to(x.dtype), threat)
+                images = x[rows].to(device, torch.float32).contiguous()
+                found, _ = ensemble.run_standard_evaluation(images, y[rows].to(device), batch_size=self.batch_size)
+                found = _inside(x[rows], found.to(x), threat)
                 broken = ~correct(forward(network, found, self.batch_size), y[rows])
                 x_adv[rows[broken]], robust[rows[broken]] = found[broken], False
                 if context.progress:

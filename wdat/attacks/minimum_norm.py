@@ -26,7 +26,7 @@ from wdat.attacks.passes import Counted
 from wdat.attacks.penalty import penalise
 from wdat.attacks.search import Effort, Search
 from wdat.distributed import ALONE, Processes, together
-from wdat.gradients import forward
+from wdat.gradients import device_of, forward
 from wdat.losses import correct, margin
 from wdat.seeding import generator
 from wdat.threat import ThreatModel, contract, image_norm, per_image
@@ -118,12 +118,14 @@ class _Part:
         done = 0
         if not len(rows):
             return
+        home, device = self.x.device, device_of(self.network, self.x)  # a set too large for the device is on the host
         for here in rows.split(self.search.batch_size):  # type: ignore[no-untyped-call]
-            chunk = (self.x[here], self.y[here], self.norm, self.points[here], self.distances[here])
-            best = Best(self.network, *chunk)
+            x, y, points, distances = (p[here].to(device) for p in (self.x, self.y, self.points, self.distances))
+            best = Best(self.network, x, y, self.norm, points, distances)
             self.plan[stage](best, self.positions[here.cpu()])
             best.bisect(self.effort.bisections)
-            self.points[here], self.distances[here], self.stages[here] = best.points, best.distances, stage + 1
+            self.points[here], self.distances[here] = best.points.to(home), best.distances.to(home)
+            self.stages[here] = stage + 1
             self.moved[here] = True
             done += len(here)
             report(done)

@@ -24,7 +24,7 @@ from wdat.certify.crown import margin_bound, size
 from wdat.certify.kept import CAPPED, LEFT, PROVED, Kept, fingerprint
 from wdat.distributed import Processes, together
 from wdat.errors import SettingError
-from wdat.gradients import input_gradients, undisturbed
+from wdat.gradients import device_of, input_gradients, undisturbed
 from wdat.losses import margin
 from wdat.precision import float32
 from wdat.threat import ThreatModel, dual_norm
@@ -118,7 +118,7 @@ class Crown(Certificate):
     def check_network(self, network: nn.Module, x: Tensor) -> None:
         if not len(x):
             return
-        needs = size(network, x[0])
+        needs = size(network, x[0].to(device_of(network, x)))
         if needs.gigabytes > self.gigabytes:
             raise SettingError(
                 f"certify=crown is for small networks: the linear bounds of this one's widest layer take "
@@ -140,7 +140,7 @@ class Crown(Certificate):
     ) -> None:
         """Fill `kept`, the cheapest images first, in rounds that all processes begin together."""
         clean, caps, near = known
-        precise = copy.deepcopy(network).double().eval()
+        precise, device = copy.deepcopy(network).double().eval(), device_of(network, x)
         started, n = time.perf_counter(), len(order.near)
         processes, norm = around.processes, threats[0].norm
         for first in range(0, n, ROUND):
@@ -155,7 +155,7 @@ class Crown(Certificate):
                     then = time.process_time()
 
                     def bound(radius: float, exact: bool, i: int = i) -> float:
-                        image = x[i].double() if exact else x[i]
+                        image = x[i].to(device, torch.float64 if exact else None)
                         return margin_bound(precise if exact else network, image, int(y[i]), radius, norm)
 
                     cap = min(float(caps[i]), payable)

@@ -35,7 +35,7 @@ from wdat.certify.base import Certificate, Surroundings
 from wdat.certify.kept import PROVED, Kept
 from wdat.distributed import together
 from wdat.errors import SettingError
-from wdat.gradients import undisturbed
+from wdat.gradients import device_of, undisturbed
 from wdat.precision import float32
 from wdat.seeding import generator
 from wdat.threat import ThreatModel
@@ -140,7 +140,7 @@ class Smoothing(Certificate):
                 for i in range(first, min(first + ROUND, len(x))):
                     if not kept.states[i]:
                         then = time.process_time()
-                        right = self.count(network, x[i], int(y[i]), int(rows[i]))
+                        right = self.count(network, x[i].to(device_of(network, x)), int(y[i]), int(rows[i]))
                         kept.set(i, right, PROVED, time.process_time() - then)
             kept.save()
             if around.progress:

@@ -12,7 +12,7 @@ from types import FrameType
 import lightning as L
 import torch
 from omegaconf import DictConfig, ListConfig
-from torch import nn
+from torch import Tensor, nn
 
 from wdat import models
 from wdat.attacks import Attack
@@ -23,6 +23,7 @@ from wdat.data.batch import Batch
 from wdat.distributed import current, together
 from wdat.errors import SettingError, Stopped, unknown
 from wdat.evaluation import ImageTensors
+from wdat.evaluation.batches import drained
 from wdat.evaluation.evaluator import Evaluator, plan, settings, warn_of_masking
 from wdat.evaluation.session import Session, read_radii
 from wdat.losses import check_classes
@@ -125,16 +126,16 @@ class Measured(L.LightningModule):
     ) -> None:
         super().__init__()
         self.network, self.measure, self.run_dir = network, measure, run_dir
-        self._batches: list[Batch] = []
+        self._batches: list[tuple[Tensor, ...]] = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the images."""
-        self._batches.append(batch)
+        """Keep the images, on the host: whether the device has room for all shows at the end."""
+        self._batches.append(tuple(part.cpu() for part in (batch.x, batch.y, batch.index)))
 
     def on_test_epoch_end(self) -> None:
         """Measure them."""
         with together(current(self.device)):
-            images = ImageTensors.collect(self._batches, self.device)
+            images = ImageTensors.join(drained(self._batches), self.device)
         # Lightning has taken the signals, and would wait for the end of all attacks.
         with stopped_at_once(self.run_dir):
             self.measure(images, self.device)

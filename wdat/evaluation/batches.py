@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,13 @@ def unrepeated(parts: tuple[Tensor, ...], loader: Any, seen: int) -> tuple[Tenso
     rows = sampler.rank + sampler.num_replicas * torch.arange(seen, seen + len(y), device=y.device)
     own = rows < len(sampler.dataset)  # type: ignore[arg-type]  # a sampler knows the size of its set
     return x[own], y[own], rows[own]
+
+
+def drained(kept: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """What was kept, from the first on; the list lets it go, so that a set that is put together is held once."""
+    kept.reverse()
+    while kept:
+        yield kept.pop()
 
 
 def _tensors(x: Any, y: Any) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class ImageTensors:
     """A whole evaluation set, or this process's part of it, in memory.
 
     Attributes:
-        x: Images (N, C, H, W) in [0, 1].
+        x: Images (N, C, H, W) in [0, 1], on the network's device, or on the host: then they go to it pass by pass.
         y: Labels (N,).
         index: (N,), their rows in the split, which give the order of a set that processes share; None puts the images
             of the first process first.
@@ -58,7 +58,7 @@ class ImageTensors:
             SettingError: If there is no batch at all, as a process without images has an empty one, or a batch isn't
                 images and labels.
         """
-        return cls.join([members(batch) for batch in batches], device)
+        return cls.join((members(batch) for batch in batches), device)
 
     @classmethod
     def join(cls, parts: Iterable[tuple[Tensor, ...]], device: torch.device) -> ImageTensors:
@@ -70,7 +70,48 @@ class ImageTensors:
         if len(shapes) > 1:
             sizes = ", ".join("×".join(map(str, shape)) for shape in sorted(shapes))
             raise SettingError(f"the batches have images of several sizes ({sizes}): bring them to one")
-        return cls(*(torch.cat(parts).to(device) for parts in zip(*kept, strict=True)))
+        columns = [list(column) for column in zip(*kept, strict=True)]
+        del kept
+        home = place(sum(x.numel() * x.element_size() for x in columns[0]), device)
+        return cls(*(_joined(column, home) for column in columns))
+
+
+SETS = 5
+"""Tensors as large as the set that an attack may hold, with the images, and one as room for a pass of a batch."""
+
+
+def place(size: int, device: torch.device) -> torch.device:
+    """Where a set of so many bytes is to be: on the device, or on the host if the device has no room to attack it.
+
+    Args:
+        size: Bytes of the images as they will be attacked.
+        device: Where the network is.
+    """
+    if device.type != "cuda":
+        return device
+    free, whole = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, not in use
+    if SETS * size <= free:
+        return device
+    warnings.warn(
+        f"the images take {size / 1e9:.3g} GB, and attacks up to {SETS} times as much, of which the GPU has "
+        f"{free / 1e9:.3g} GB free of {whole / 1e9:.3g}: they stay in the host's memory, which is slower; more devices "
+        "(trainer.devices) or fewer images (data.limit_test) keep them on the GPU",
+        stacklevel=3,
+    )
+    return torch.device("cpu")
+
+
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The parts as one tensor on a device; each is let go once it is copied, so that a large set is held once."""
+    whole = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]), device=device)
+    parts.reverse()
+    done = 0
+    while parts:
+        part = parts.pop()
+        whole[done : done + len(part)] = part
+        done += len(part)
+    return whole
 
 
 def positions(images: ImageTensors, processes: Processes) -> tuple[Tensor, int]:

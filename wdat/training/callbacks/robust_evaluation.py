@@ -19,7 +19,7 @@ from wdat.attacks import Attack
 from wdat.distributed import current, together
 from wdat.errors import SettingError, unknown
 from wdat.evaluation import ImageTensors, evaluate
-from wdat.evaluation.batches import members, unrepeated
+from wdat.evaluation.batches import drained, members, unrepeated
 from wdat.evaluation.evaluator import Progress, plan
 from wdat.gradients import ordinary
 from wdat.inputs import classes_of
@@ -149,7 +149,8 @@ class RobustEvaluation(L.Callback):
         if number:
             return
         given = members(batch)
-        self._batches.append(ordinary(*unrepeated(given, CombinedLoader(loaders).flattened[0], self._seen)))
+        mine = ordinary(*unrepeated(given, CombinedLoader(loaders).flattened[0], self._seen))
+        self._batches.append(tuple(part.cpu() for part in mine))  # whether the device has room for all shows at the end
         self._seen += len(given[1])
 
     def on_validation_batch_end(
@@ -187,7 +188,7 @@ class RobustEvaluation(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         processes = current(pl_module.device)
         with together(processes):
-            images = ImageTensors.join(batches, pl_module.device)
+            images = ImageTensors.join(drained(batches), pl_module.device)
         found = evaluate(
             self._network(pl_module),
             images,
